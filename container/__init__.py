@@ -1,0 +1,33 @@
+"""CONTAINER and CONTAINER-LIGHT for timm: one block, every affinity.
+
+    Y = (alpha A(X) + beta A) V W + X
+
+Importing this package registers the family with timm: `timm.list_models("container*")`.
+
+Shapes are written with these letters throughout:
+
+    B       batch
+    C       channels
+    H W     grid of a map, in tokens
+    N       tokens of a grid, N = H W, row-major
+    M       heads: distinct N x N matrices of an affinity
+    D       channels per head, D = C / M
+"""
+
+from .affinity import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from .aggregation import Aggregation, Block, ConvexGate, FreeGate
+from .container import Container
+
+__version__ = "0.1.0"
+
+__all__ = [
+    "Aggregation",
+    "Block",
+    "Container",
+    "ConvexGate",
+    "DepthwiseConv",
+    "FreeGate",
+    "GlobalContext",
+    "SelfAttention",
+    "TokenMatrix",
+]

@@ -1,0 +1,308 @@
+"""Affinities: how tokens read tokens.
+
+An affinity is A in `Y = (alpha A(X) + beta A) V W + X`: per head, an N x N matrix whose row i holds the weights with which
+token i reads every token j. `dynamic` ones are computed from X, `static` ones are parameters. Each class has two views of
+the same matrix, and the tests hold every class to their equality:
+
+* `forward(x, v)` is A(x) v by the fastest kernel: two maps (B, C, H, W) in, one map out; N x N is never formed
+  except by a dense `TokenMatrix`, whose parameter it is.
+* `matrix(x)` is A(x) written out from its formula, (B or 1, M, N, N): for pictures and tests.
+
+`num_heads` is M, the number of distinct matrices. Channels are head-major: head m owns channels m D to (m + 1) D - 1.
+The letters B, C, H, W, N, M, D are defined in `container/__init__.py`.
+"""
+
+from typing import Optional, Tuple, Union
+
+import torch
+import torch.nn.functional as F
+from timm.layers import _assert, resample_abs_pos_embed_nhwc, trunc_normal_, use_fused_attn
+from torch import Tensor, nn
+
+__all__ = ["DepthwiseConv", "GlobalContext", "SelfAttention", "TokenMatrix"]
+
+
+def _check_heads(dim: int, num_heads: int) -> int:
+    """Returns the head dimension D = dim / num_heads.
+
+    Raises:
+        ValueError: `dim` cannot be split into `num_heads` equal heads.
+    """
+    if num_heads < 1 or dim % num_heads:
+        raise ValueError(f"dim {dim} is not divisible by num_heads {num_heads}")
+    return dim // num_heads
+
+
+class SelfAttention(nn.Module):
+    """Dynamic affinity of self-attention: every token compares itself with every other.
+
+    A(x)_m = softmax(Q_m K_m^T / sqrt(D)), with Q and K 1x1 projections of x. Rows sum to one.
+
+    Source: paper, section 3.2 (A_sa); the released code has it in the last stage of CONTAINER-LIGHT.
+    Cost: O(N C^2) for the projections, O(N^2 C) for the product; memory O(N C) with a fused kernel.
+
+    Args:
+        dim: Channels C.
+        num_heads: Matrices M; must divide `dim`.
+        attn_drop: Probability with which an entry of A is dropped in training.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `dim` is not divisible by `num_heads`.
+    """
+
+    fused_attn: torch.jit.Final[bool]
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        attn_drop: float = 0.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = _check_heads(dim, num_heads)
+        self.scale = self.head_dim**-0.5
+        self.fused_attn = use_fused_attn()
+        # V belongs to the aggregation, so that a static affinity reads the same one.
+        self.qk = nn.Conv2d(dim, 2 * dim, 1, device=device, dtype=dtype)
+        self.attn_drop = nn.Dropout(attn_drop)
+
+    def _tokens(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, M, N, D), D contiguous: what the fused kernels need, free for a channels_last map."""
+        x = x.flatten(2).transpose(1, 2).contiguous()
+        return x.reshape(x.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2)
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A(x) v for the maps x and v, both (B, C, H, W)."""
+        q, k = self.qk(x).chunk(2, dim=1)
+        q, k, y = self._tokens(q), self._tokens(k), self._tokens(v)  # (B, M, N, D)
+        if self.fused_attn:
+            y = F.scaled_dot_product_attention(q, k, y, dropout_p=self.attn_drop.p if self.training else 0.0)
+        else:
+            attn = (q * self.scale @ k.transpose(-2, -1)).softmax(dim=-1)  # (B, M, N, N)
+            y = self.attn_drop(attn) @ y
+        return y.transpose(1, 2).flatten(2).transpose(1, 2).reshape(v.shape)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A(x), (B, M, N, N), for a map x (B, C, H, W)."""
+        q, k = self.qk(x).unflatten(1, (2, self.num_heads, self.head_dim)).flatten(4).unbind(1)  # (B, M, D, N)
+        return torch.softmax(torch.einsum("bmdi,bmdj->bmij", q, k) / self.head_dim**0.5, dim=-1)
+
+
+class DepthwiseConv(nn.Module):
+    """Static, local affinity of a depthwise convolution: one matrix per channel, shared by all positions.
+
+    A_cij = w_c[p_j - p_i] where token j lies in the window around token i, else 0; p is a token's (row, column).
+
+    A trained convolution also adds a bias after A V. It is no part of `matrix`; the gate scales it with beta, as in the
+    released code. So `forward(x, v) - forward(x, 0)` is A v.
+
+    Source: paper, section 3.2 (A_conv); the released code has it, 5x5, in every block of CONTAINER-LIGHT.
+    Cost: O(N C k^2); parameters C (k^2 + 1).
+
+    Args:
+        dim: Channels C, which is also M.
+        kernel_size: Side k of the window in tokens; odd, so that a token sits in the middle of its window.
+        dilation: Distance in tokens between two taps of the window.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `kernel_size` is even.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        kernel_size: int = 5,
+        dilation: int = 1,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        if kernel_size % 2 == 0:
+            raise ValueError(f"kernel_size {kernel_size} is even; a window has a token in its middle")
+        self.num_heads = dim
+        pad = dilation * (kernel_size // 2)
+        self.conv = nn.Conv2d(
+            dim, dim, kernel_size, padding=pad, dilation=dilation, groups=dim, device=device, dtype=dtype
+        )
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A v + bias for the map v (B, C, H, W); x is not read."""
+        return self.conv(v)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A, (1, C, N, N), on the grid of the map x (B, C, H, W)."""
+        height, width = x.shape[-2:]
+        kernel, dilation = self.conv.kernel_size[0], self.conv.dilation[0]
+        row = torch.arange(height, device=x.device).repeat_interleave(width)  # (N,) row of each token
+        col = torch.arange(width, device=x.device).repeat(height)  # (N,) column of each token
+
+        def tap(p: Tensor) -> Tuple[Tensor, Tensor]:
+            offset = p[None, :] - p[:, None]  # p_j - p_i, (N, N)
+            index = torch.div(offset, dilation, rounding_mode="floor") + kernel // 2
+            return index.clamp(0, kernel - 1), (offset % dilation == 0) & (index >= 0) & (index < kernel)
+
+        (dy, in_y), (dx, in_x) = tap(row), tap(col)
+        return (self.conv.weight[:, 0, dy, dx] * (in_y & in_x))[None]
+
+
+class TokenMatrix(nn.Module):
+    """Static, dense affinity: the token-mixing matrix itself is the parameter.
+
+    A_m = L_m, or A_m = L_m R_m of rank r where N is so large that N x N parameters are too many.
+    One head is the (linear) token mixing of MLP-Mixer; several are its multi-head form and the table of CONTAINER-PAM.
+
+    Source: paper, section 3.2 (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal init).
+    Cost: O(N^2 C) and M N^2 parameters dense; O(N r C) and 2 M N r parameters with rank r.
+
+    Note: the paper's tables are dense; the low rank is ours, so that the family can have one at a 56x56 grid.
+
+    Args:
+        dim: Channels C.
+        num_heads: Matrices M; must divide `dim`.
+        grid: (H, W) to which the matrix is tied; `set_input_size` resamples it to another one.
+        rank: r, or None for a dense matrix.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: `dim` is not divisible by `num_heads`, or `rank` is not between 1 and N.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        num_heads: int,
+        grid: Tuple[int, int],
+        rank: Optional[int] = None,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.num_heads = num_heads
+        self.head_dim = _check_heads(dim, num_heads)
+        self.grid = grid
+        tokens = grid[0] * grid[1]
+        if rank is not None and not 1 <= rank <= tokens:
+            raise ValueError(f"rank {rank} is not between 1 and the {tokens} tokens of grid {grid}")
+        left = torch.empty(num_heads, tokens, tokens if rank is None else rank, device=device, dtype=dtype)
+        self.left = nn.Parameter(left)
+        self.right = None if rank is None else nn.Parameter(left.new_empty(num_heads, rank, tokens))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """Truncated normal; the entries of A have a standard deviation of 0.02 whatever the rank."""
+        if self.right is None:
+            trunc_normal_(self.left, std=0.02)
+        else:
+            std = (0.02 / self.right.shape[1] ** 0.5) ** 0.5
+            trunc_normal_(self.left, std=std)
+            trunc_normal_(self.right, std=std)
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A v for the map v (B, C, H, W), on the layer's own grid; x is not read."""
+        batch, _, height, width = v.shape
+        _assert(
+            height == self.grid[0], f"{height} rows of tokens for a TokenMatrix of {self.grid[0]}: use set_input_size"
+        )
+        _assert(
+            width == self.grid[1], f"{width} columns of tokens for a TokenMatrix of {self.grid[1]}: use set_input_size"
+        )
+        y = v.reshape(batch, self.num_heads, self.head_dim, -1)  # (B, M, D, N)
+        if self.right is not None:
+            y = y @ self.right.transpose(-2, -1)  # (B, M, D, r)
+        y = y @ self.left.transpose(-2, -1)
+        return y.reshape(v.shape)
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A, (1, M, N, N); x is not read."""
+        return (self.left if self.right is None else torch.einsum("mir,mrj->mij", self.left, self.right))[None]
+
+    @torch.jit.ignore
+    def resample(self, left: Tensor, right: Optional[Tensor], grid: Tuple[int, int]) -> Tuple[Tensor, Optional[Tensor]]:
+        """Resamples factors that belong to a square or to this layer's grid to `grid`, bicubically.
+
+        Rows are read at the new tokens. Columns too, scaled by N / N', so that a token goes on reading the same total
+        weight when there are more or fewer tokens to read.
+
+        Args:
+            left: (M, N, N), or (M, N, r) where `right` is given.
+            right: (M, r, N) or None.
+            grid: The new (H', W').
+
+        Returns:
+            The two factors on the new grid.
+
+        Raises:
+            ValueError: The N of the factors is neither this layer's nor a square.
+        """
+        tokens = left.shape[1]
+        side = round(tokens**0.5)
+        old = self.grid if tokens == self.grid[0] * self.grid[1] else (side, side)
+        if old[0] * old[1] != tokens:
+            raise ValueError(f"cannot resample a TokenMatrix of {tokens} tokens: its grid is not known")
+
+        def rows(a: Tensor) -> Tensor:  # (M, N, K) -> (M, N', K)
+            a = a.transpose(0, 1).reshape(old[0], old[1], -1)
+            return resample_abs_pos_embed_nhwc(a, list(grid)).reshape(grid[0] * grid[1], left.shape[0], -1).transpose(0, 1)
+
+        def columns(a: Tensor) -> Tensor:  # (M, K, N) -> (M, K, N')
+            return rows(a.transpose(1, 2)).transpose(1, 2) * (tokens / (grid[0] * grid[1]))
+
+        if right is None:
+            return columns(rows(left)).contiguous(), None
+        return rows(left).contiguous(), columns(right).contiguous()
+
+    @torch.jit.ignore
+    def set_input_size(self, grid: Tuple[int, int]) -> None:
+        """Ties the layer to another (H, W), resampling its parameters (`resample`); frozen ones stay frozen."""
+        with torch.no_grad():
+            left, right = self.resample(self.left, self.right, grid)
+        self.left = nn.Parameter(left, requires_grad=self.left.requires_grad)
+        if self.right is not None and right is not None:
+            self.right = nn.Parameter(right, requires_grad=self.right.requires_grad)
+        self.grid = grid
+
+
+class GlobalContext(nn.Module):
+    """Dynamic affinity of rank one: all tokens read one summary of the image, each as much as it wants.
+
+    A(x)_ij = sigmoid(a_i) softmax(k)_j, with a and k two 1x1 projections of x to one channel.
+
+    Source: not in the paper; the context layer of Liu et al., "Learning to Aggregate Multi-Scale Context for Instance
+    Segmentation in Remote Sensing Images" (arXiv 2111.11057), written from its formula. Without a it is GCNet's.
+    Cost: O(N C), linear in the number of tokens.
+
+    Args:
+        dim: Channels C.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self, dim: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
+    ) -> None:
+        super().__init__()
+        self.num_heads = 1
+        self.query = nn.Conv2d(dim, 1, 1, device=device, dtype=dtype)
+        self.key = nn.Conv2d(dim, 1, 1, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A(x) v for the maps x and v, both (B, C, H, W)."""
+        k = self.key(x).flatten(2).softmax(dim=-1)  # (B, 1, N)
+        context = (v.flatten(2) @ k.transpose(1, 2)).unsqueeze(-1)  # (B, C, 1, 1)
+        return self.query(x).sigmoid() * context
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A(x), (B, 1, N, N), for a map x (B, C, H, W)."""
+        a, k = self.query(x).flatten(2), self.key(x).flatten(2)  # (B, 1, N)
+        return torch.einsum("bmi,bmj->bmij", torch.sigmoid(a), torch.softmax(k, dim=-1))
+
+
+Affinity = Union[SelfAttention, DepthwiseConv, TokenMatrix, GlobalContext]

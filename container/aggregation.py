@@ -1,0 +1,191 @@
+"""The equation of the paper, its gate, and the residual block around it."""
+
+import math
+from typing import Optional, Tuple, Type
+
+import torch
+from timm.layers import DropPath, Mlp
+from torch import Tensor, nn
+
+__all__ = ["Aggregation", "Block", "ConvexGate", "FreeGate"]
+
+
+class ConvexGate(nn.Module):
+    """Mixes two affinities convexly by one scalar s: alpha = sigmoid(s), beta = 1 - alpha.
+
+    s starts at 0, so both start at one half.
+    Source: released code only (one scalar per block, shared by all heads).
+
+    Args:
+        device: Device of the parameter.
+        dtype: Type of the parameter.
+    """
+
+    def __init__(self, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
+        super().__init__()
+        self.logit = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """s = 0."""
+        nn.init.zeros_(self.logit)
+
+    def forward(self) -> Tuple[Tensor, Tensor]:
+        """(alpha, beta), each of shape (1,)."""
+        alpha = self.logit.sigmoid()
+        return alpha, 1 - alpha
+
+
+class FreeGate(nn.Module):
+    """Mixes two affinities by two free scalars, alpha and beta.
+
+    Source: paper, section 3.3 ("learnable parameters").
+    Note: the paper's initial values are not known to us; both start at one half, as in the released code.
+
+    Args:
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(self, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
+        super().__init__()
+        self.alpha = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.beta = nn.Parameter(torch.empty(1, device=device, dtype=dtype))
+        self.reset_parameters()
+
+    def reset_parameters(self) -> None:
+        """alpha = beta = 1/2."""
+        nn.init.constant_(self.alpha, 0.5)
+        nn.init.constant_(self.beta, 0.5)
+
+    def forward(self) -> Tuple[Tensor, Tensor]:
+        """(alpha, beta), each of shape (1,)."""
+        return self.alpha, self.beta
+
+
+class Aggregation(nn.Module):
+    """The paper's one operation, of which attention, convolution and token mixing are cases.
+
+    Y = (alpha A(X) + beta A) V W, with V = X W_v. The residual `+ X` is the block's.
+
+    A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`, alpha and beta come from `gate`. Both affinities read the
+    same V, so mixing their outputs equals mixing their matrices, and running it forms no N x N.
+
+    Source: paper, section 3.3. Cost: O(N C^2) for the projections, plus that of the affinities.
+
+    Args:
+        dim: Channels C.
+        dynamic: The affinity computed from X, or None.
+        static: The affinity that is a parameter, or None.
+        gate: Module that yields (alpha, beta) where both affinities are given; None for alpha = beta = 1.
+        proj_drop: Dropout probability after `proj`.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: No affinity is given, or a gate without two affinities to mix.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        dynamic: Optional[nn.Module] = None,
+        static: Optional[nn.Module] = None,
+        gate: Optional[nn.Module] = None,
+        proj_drop: float = 0.0,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        if dynamic is None and static is None:
+            raise ValueError("an aggregation needs a dynamic affinity, a static one, or both")
+        if gate is not None and (dynamic is None or static is None):
+            raise ValueError("a gate mixes two affinities; only one is given")
+        self.value = nn.Conv2d(dim, dim, 1, device=device, dtype=dtype)
+        self.dynamic = dynamic
+        self.static = static
+        self.gate = gate
+        self.proj = nn.Conv2d(dim, dim, 1, device=device, dtype=dtype)
+        self.proj_drop = nn.Dropout(proj_drop)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Y for a map X, both (B, C, H, W)."""
+        v = self.value(x)
+        if self.dynamic is not None and self.static is not None:
+            if self.gate is not None:
+                alpha, beta = self.gate()
+                y = alpha * self.dynamic(x, v) + beta * self.static(x, v)
+            else:
+                y = self.dynamic(x, v) + self.static(x, v)
+        elif self.dynamic is not None:
+            y = self.dynamic(x, v)
+        else:
+            y = self.static(x, v)
+        return self.proj_drop(self.proj(y))
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """alpha A(X) + beta A written out, (B or 1, M, N, N), for a map X (B, C, H, W).
+
+        M is the smallest number of heads that holds both: C where one of them is a convolution.
+        """
+        if self.dynamic is None or self.static is None:
+            return (self.dynamic if self.static is None else self.static).matrix(x)  # type: ignore[union-attr, operator]
+        dynamic, static = self.dynamic.matrix(x), self.static.matrix(x)  # type: ignore[operator]
+        heads = math.lcm(dynamic.shape[1], static.shape[1])
+        alpha, beta = (1.0, 1.0) if self.gate is None else self.gate()
+        return alpha * dynamic.repeat_interleave(heads // dynamic.shape[1], dim=1) + beta * static.repeat_interleave(
+            heads // static.shape[1], dim=1
+        )
+
+
+class Block(nn.Module):
+    """The residual block: position, aggregation, MLP.
+
+    x = x + pos_conv(x);  x = x + aggregation(norm1(x));  x = x + mlp(norm2(x))
+
+    The last two steps are dropped per image with probability `drop_path` in training; the first never is.
+
+    Source: released code only (the paper's figure leaves out `pos_conv`, the residual depthwise 3x3).
+    Cost: O(N C^2 (2 + 2 mlp_ratio)), plus that of the affinities.
+
+    Args:
+        dim: Channels C.
+        aggregation: The token mixing, (B, C, H, W) -> (B, C, H, W).
+        mlp_ratio: Hidden channels of the MLP, as a multiple of `dim`.
+        dilation: Distance between the taps of `pos_conv`.
+        proj_drop: Dropout probability in the MLP.
+        drop_path: Probability that a residual branch is dropped.
+        norm_layer: Norm over a map, called with `dim`.
+        act_layer: Activation of the MLP.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        dim: int,
+        aggregation: nn.Module,
+        mlp_ratio: float = 4.0,
+        dilation: int = 1,
+        proj_drop: float = 0.0,
+        drop_path: float = 0.0,
+        norm_layer: Type[nn.Module] = nn.BatchNorm2d,
+        act_layer: Type[nn.Module] = nn.GELU,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        dd = {"device": device, "dtype": dtype}
+        self.pos_conv = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, **dd)  # type: ignore[arg-type]
+        self.norm1 = norm_layer(dim, **dd)
+        self.aggregation = aggregation
+        self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+        self.norm2 = norm_layer(dim, **dd)
+        self.mlp = Mlp(dim, int(dim * mlp_ratio), act_layer=act_layer, drop=proj_drop, use_conv=True, **dd)
+        self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C, H, W)."""
+        x = x + self.pos_conv(x)
+        x = x + self.drop_path1(self.aggregation(self.norm1(x)))
+        return x + self.drop_path2(self.mlp(self.norm2(x)))

@@ -1,0 +1,720 @@
+"""CONTAINER: Context Aggregation Network.
+
+Paper: Gao, Lu, Li, Mottaghi, Kembhavi, "Container: Context Aggregation Network", NeurIPS 2021, arXiv 2106.01401.
+Released code (one model, CONTAINER-LIGHT): https://github.com/allenai/container, MIT licence file.
+
+Written from the paper's formulas and the released layout of weights; no code is taken from the release.
+"""
+
+import re
+from functools import partial
+from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union
+
+import torch
+import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
+from timm.layers import (
+    ClassifierHead,
+    LayerNorm2d,
+    _assert,
+    calculate_drop_path_rates,
+    get_act_layer,
+    get_device_dtype,
+    get_norm_layer,
+    to_2tuple,
+    trunc_normal_,
+)
+from timm.models import (
+    build_model_with_cfg,
+    checkpoint_seq,
+    generate_default_cfgs,
+    register_model,
+)
+from timm.models._features import feature_take_indices
+from timm.models._input import update_model_input_size
+from torch import Tensor, nn
+
+from . import weights
+from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from .aggregation import Aggregation, Block, ConvexGate, FreeGate
+
+__all__ = ["Container"]
+
+T = TypeVar("T")
+PerStage = Union[T, Sequence[T]]
+
+_AFFINITIES = {"dynamic": ("attention", "context"), "static": ("conv", "matrix")}
+_GATES: Dict[Optional[str], Optional[Type[nn.Module]]] = {"convex": ConvexGate, "free": FreeGate, None: None}
+
+
+class PatchEmbed(nn.Module):
+    """Downsampling by cutting the map into patches: convolution with kernel = stride, then LayerNorm over channels.
+
+    (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))
+
+    Source: released code only.
+    Note: the release accepts one image size; here a map that the patches do not tile is padded with zeros at its right
+    and bottom, so no pixel is lost and the grid is that of any strided convolution with padding. A stride smaller than
+    the patch (`output_stride`) pads in the same way.
+
+    Args:
+        in_chs: Channels C.
+        dim: Channels C'.
+        patch_size: Side of a patch in positions of the map.
+        stride: Distance between patches.
+        dilation: Distance between the taps of the patch.
+        min_size: Smallest H and W accepted.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+    """
+
+    def __init__(
+        self,
+        in_chs: int,
+        dim: int,
+        patch_size: int,
+        stride: int,
+        dilation: int = 1,
+        min_size: int = 1,
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        self.stride = stride
+        self.overhang = dilation * (patch_size - 1) + 1 - stride
+        self.min_size = min_size
+        self.proj = nn.Conv2d(in_chs, dim, patch_size, stride, dilation=dilation, device=device, dtype=dtype)
+        self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        height, width = x.shape[-2], x.shape[-1]
+        _assert(height >= self.min_size, f"image height {height} is smaller than the stem's patch {self.min_size}")
+        _assert(width >= self.min_size, f"image width {width} is smaller than the stem's patch {self.min_size}")
+        # Always called, as a branch on the size would break fx and pin the size in torch.export.
+        x = F.pad(x, (0, -width % self.stride + self.overhang, 0, -height % self.stride + self.overhang))
+        return self.norm(self.proj(x))
+
+
+class Stage(nn.Module):
+    """Downsampling (the stem, in the first stage, is the network's), then blocks at one resolution.
+
+    (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))
+
+    Args:
+        downsample: The patch embedding, or the identity.
+        blocks: The residual blocks.
+    """
+
+    def __init__(self, downsample: nn.Module, blocks: Sequence[nn.Module]) -> None:
+        super().__init__()
+        self.grad_checkpointing = False
+        self.downsample = downsample
+        self.blocks = nn.Sequential(*blocks)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H', W')."""
+        x = self.downsample(x)
+        if self.grad_checkpointing and not torch.jit.is_scripting():
+            return checkpoint_seq(self.blocks, x)
+        return self.blocks(x)
+
+
+def _per_stage(name: str, value: PerStage[T], num_stages: int) -> List[T]:
+    """One value for every stage; a single value (a string too) stands for all of them.
+
+    Raises:
+        ValueError: `value` is a sequence of another length.
+    """
+    if not isinstance(value, (list, tuple)):
+        return [value] * num_stages  # type: ignore[list-item]
+    if len(value) != num_stages:
+        raise ValueError(f"{name} has {len(value)} entries for {num_stages} stages: {tuple(value)}")
+    return list(value)
+
+
+def _create_affinity(
+    role: str,
+    name: Optional[str],
+    dim: int,
+    num_heads: int,
+    grid: Tuple[int, int],
+    rank: Optional[int],
+    dilation: int,
+    attn_drop: float,
+    dd: Dict[str, Any],
+) -> Optional[Affinity]:
+    """The affinity of that name, or None for None; each takes what it needs of a stage's settings.
+
+    Raises:
+        ValueError: No affinity of that role has that name.
+    """
+    if name is None:
+        return None
+    if name not in _AFFINITIES[role]:
+        raise ValueError(f"unknown {role} affinity {name!r}: choose from {', '.join(_AFFINITIES[role])}")
+    if name == "attention":
+        return SelfAttention(dim, num_heads, attn_drop=attn_drop, **dd)
+    if name == "context":
+        return GlobalContext(dim, **dd)
+    if name == "conv":
+        return DepthwiseConv(dim, dilation=dilation, **dd)
+    return TokenMatrix(dim, num_heads, grid, rank, **dd)
+
+
+class Container(nn.Module):
+    """The network: a stem, stages of residual blocks, a norm, a pooled linear head.
+
+    Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the family
+    is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
+
+    Takes any image size from 32 x 32 up (the stem's patch, really), square or not, odd or even, unless a stage holds a
+    `TokenMatrix`: that one is tied to `img_size`, see `set_input_size`.
+
+    Source: paper, section 3; everything between the affinities (stem, norms, `pos_conv`, head) from the released code.
+    Note: the release drops out after the stem too; here `drop_rate` acts before the classifier, as timm has it.
+
+    Args:
+        in_chans: Channels of the image.
+        num_classes: Width of the classifier; 0 for none.
+        global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
+        output_stride: 8, 16 or 32: patch embeddings beyond that stride stop striding, and convolutions after them dilate.
+        img_size: Image size, int or (H, W), to which token matrices are tied; other affinities do not read it.
+        depths: Blocks per stage.
+        embed_dims: Channels per stage.
+        patch_sizes: Downsampling per stage, the first by the stem.
+        mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
+        dynamic: 'attention', 'context' or None, per stage.
+        static: 'conv' (5x5), 'matrix' or None, per stage.
+        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or None
+            for alpha = beta = 1.
+        num_heads: Heads of attention and token matrices, per stage.
+        ranks: Rank of token matrices, per stage; None for dense.
+        drop_rate: Dropout before the classifier.
+        proj_drop_rate: Dropout after aggregation and in the MLP.
+        attn_drop_rate: Dropout on the entries of attention.
+        drop_path_rate: Probability that the last block's branches are dropped; rises linearly from 0 over the blocks.
+        norm_layer: Norm of the blocks and before the head: a class, a partial, or a timm name.
+        act_layer: Activation of the MLP: likewise.
+        device: Device of the parameters.
+        dtype: Type of the parameters.
+
+    Raises:
+        ValueError: A per-stage argument has the wrong length, an affinity or gate is unknown, `output_stride` is not 8,
+            16 or 32, or heads do not divide channels.
+    """
+
+    def __init__(
+        self,
+        in_chans: int = 3,
+        num_classes: int = 1000,
+        global_pool: str = "avg",
+        output_stride: int = 32,
+        img_size: Union[int, Tuple[int, int]] = 224,
+        depths: Sequence[int] = (3, 4, 8, 3),
+        embed_dims: Sequence[int] = (64, 128, 320, 512),
+        patch_sizes: Sequence[int] = (4, 2, 2, 2),
+        mlp_ratios: PerStage[float] = 4.0,
+        dynamic: PerStage[Optional[str]] = (None, None, None, "attention"),
+        static: PerStage[Optional[str]] = "conv",
+        gate: Optional[str] = "convex",
+        num_heads: PerStage[int] = (2, 4, 10, 16),
+        ranks: PerStage[Optional[int]] = None,
+        drop_rate: float = 0.0,
+        proj_drop_rate: float = 0.0,
+        attn_drop_rate: float = 0.0,
+        drop_path_rate: float = 0.0,
+        norm_layer: Union[str, Callable] = "batchnorm2d",
+        act_layer: Union[str, Callable] = "gelu",
+        device: Optional[torch.device] = None,
+        dtype: Optional[torch.dtype] = None,
+    ) -> None:
+        super().__init__()
+        dd: Dict[str, Any] = {"device": device, "dtype": dtype}
+        n = len(depths)
+        embed_dims, patch_sizes = _per_stage("embed_dims", embed_dims, n), _per_stage("patch_sizes", patch_sizes, n)
+        mlp_ratios, num_heads = _per_stage("mlp_ratios", mlp_ratios, n), _per_stage("num_heads", num_heads, n)
+        dynamic, static = _per_stage("dynamic", dynamic, n), _per_stage("static", static, n)
+        ranks = _per_stage("ranks", ranks, n)
+        if output_stride not in (8, 16, 32):
+            raise ValueError(f"output_stride {output_stride} is not 8, 16 or 32")
+        if gate not in _GATES:
+            raise ValueError(f"unknown gate {gate!r}: choose from {', '.join(map(str, _GATES))}")
+        norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
+        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+
+        self.num_classes = num_classes
+        self.in_chans = in_chans
+        self.feature_info: List[Dict[str, Any]] = []
+
+        self.stem = PatchEmbed(in_chans, embed_dims[0], patch_sizes[0], patch_sizes[0], min_size=patch_sizes[0], **dd)
+        strides, reduction, dilation = [patch_sizes[0]], patch_sizes[0], 1
+        stages = []
+        for i, dim in enumerate(embed_dims):
+            downsample: nn.Module = nn.Identity()
+            if i > 0:
+                # Beyond output_stride a patch keeps its taps but not its stride, and what follows dilates instead: at
+                # every dilation-th position the map equals that of the strided network, where convolutions alone mix.
+                stride = patch_sizes[i] if reduction * patch_sizes[i] <= output_stride else 1
+                downsample = PatchEmbed(embed_dims[i - 1], dim, patch_sizes[i], stride, dilation, **dd)
+                dilation *= patch_sizes[i] // stride
+                reduction *= stride
+                strides.append(stride)
+
+            create_affinity = partial(
+                _create_affinity,
+                dim=dim,
+                num_heads=num_heads[i],
+                grid=_grid(img_size, strides),
+                rank=ranks[i],
+                dilation=dilation,
+                attn_drop=attn_drop_rate,
+                dd=dd,
+            )
+            create_gate = _GATES[gate] if dynamic[i] is not None and static[i] is not None else None
+            blocks = [
+                Block(
+                    dim,
+                    Aggregation(
+                        dim,
+                        dynamic=create_affinity("dynamic", dynamic[i]),
+                        static=create_affinity("static", static[i]),
+                        gate=create_gate(**dd) if create_gate is not None else None,
+                        proj_drop=proj_drop_rate,
+                        **dd,
+                    ),
+                    mlp_ratio=mlp_ratios[i],
+                    dilation=dilation,
+                    proj_drop=proj_drop_rate,
+                    drop_path=drop_paths[i][j],
+                    norm_layer=norm_layer,
+                    act_layer=act_layer,
+                    **dd,
+                )
+                for j in range(depths[i])
+            ]
+            stages.append(Stage(downsample, blocks))
+            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
+        self.strides = strides
+        self.stages = nn.Sequential(*stages)
+        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.norm = norm_layer(self.num_features, **dd)
+        self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
+        self.head_hidden_size = self.head.num_features
+        self.init_weights(needs_reset=False)
+
+    @torch.jit.ignore
+    def init_weights(self, needs_reset: bool = True) -> None:
+        """Draws the weights: truncated normal (0.02) for the classifier, every layer's own init elsewhere.
+
+        Source: released code, which keeps PyTorch's default for convolutions and zeroes nothing.
+
+        Args:
+            needs_reset: Also reset every other layer, as after `to_empty()`.
+        """
+        if needs_reset:
+            for module in self.modules():
+                if isinstance(reset := getattr(module, "reset_parameters", None), Callable):  # type: ignore[arg-type]
+                    reset()
+        if isinstance(self.head.fc, nn.Linear):
+            trunc_normal_(self.head.fc.weight, std=0.02)
+            nn.init.zeros_(self.head.fc.bias)
+
+    @torch.jit.ignore
+    def no_weight_decay(self) -> Set[str]:
+        """Names exempt from weight decay beside those of one dimension (norms, biases, gates), which timm exempts.
+
+        Source: released code. It means to exempt `pos_conv`, but by a name that none of its parameters has, so the published
+        weights were trained with every kernel decayed; so are ours.
+        """
+        return set()
+
+    @torch.jit.ignore
+    def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
+        """Patterns that order parameters into layers, for layer decay: per stage if coarse, else per block."""
+        blocks = [
+            (r"^stages\.(\d+)\.downsample", (0,)),
+            (r"^stages\.(\d+)\.blocks\.(\d+)", None),
+            (r"^norm", (99999,)),
+        ]
+        return dict(stem=r"^stem", blocks=[(r"^stages\.(\d+)", None), (r"^norm", (99999,))] if coarse else blocks)
+
+    @torch.jit.ignore
+    def set_grad_checkpointing(self, enable: bool = True) -> None:
+        """Recomputes each block in the backward pass instead of keeping its activations."""
+        for stage in self.stages:
+            stage.grad_checkpointing = enable
+
+    @torch.jit.ignore
+    def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
+        """Resamples every `TokenMatrix` to the grid of another image size; other affinities need nothing.
+
+        Args:
+            img_size: The new image size, int or (H, W).
+        """
+        for i, stage in enumerate(self.stages):
+            for module in stage.modules():
+                if isinstance(module, TokenMatrix):
+                    module.set_input_size(_grid(img_size, self.strides[: i + 1]))
+        update_model_input_size(self, img_size)
+
+    @torch.jit.ignore
+    def get_classifier(self) -> nn.Module:
+        """The linear layer, or the identity where `num_classes` is 0."""
+        return self.head.fc
+
+    @torch.jit.ignore
+    def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
+        """Gives the head a new classifier.
+
+        Args:
+            num_classes: Its width; 0 for none.
+            global_pool: New pooling, '' for none; None keeps the present one.
+        """
+        self.num_classes = num_classes
+        self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
+        self.head_hidden_size = self.head.num_features
+
+    def forward_intermediates(
+        self,
+        x: Tensor,
+        indices: Optional[Union[int, List[int]]] = None,
+        norm: bool = False,
+        stop_early: bool = False,
+        output_fmt: str = "NCHW",
+        intermediates_only: bool = False,
+    ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
+        """Forward pass that also returns the maps that stages end in.
+
+        Args:
+            x: Image (B, in_chans, H, W).
+            indices: The last n stages if an int, these stages if a sequence, all of them if None.
+            norm: Apply the final norm to the last stage's map; no other map has one.
+            stop_early: Stop after the last stage asked for; the final map is then that stage's.
+            output_fmt: 'NCHW', the only format.
+            intermediates_only: Leave out the final map.
+
+        Returns:
+            The maps, or (final map, maps).
+        """
+        assert output_fmt in ("NCHW",), "Output format must be NCHW."
+        intermediates = []
+        last = len(self.stages) - 1
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+
+        x = self.stem(x)
+        if torch.jit.is_scripting() or not stop_early:  # TorchScript cannot slice
+            stages = self.stages
+        else:
+            stages = self.stages[: max_index + 1]
+        feat_idx = 0
+        for feat_idx, stage in enumerate(stages):  # noqa: B007
+            x = stage(x)
+            if feat_idx in take_indices:
+                if norm and feat_idx == last:
+                    intermediates.append(self.norm(x))
+                else:
+                    intermediates.append(x)
+
+        if intermediates_only:
+            return intermediates
+        if feat_idx == last:
+            x = self.norm(x)
+        return x, intermediates
+
+    @torch.jit.ignore
+    def prune_intermediate_layers(
+        self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
+    ) -> List[int]:
+        """Removes what the given stages do not need.
+
+        Args:
+            indices: As in `forward_intermediates`.
+            prune_norm: Also remove the final norm; it goes with the last stage anyway.
+            prune_head: Also remove the classifier and the pooling; likewise.
+
+        Returns:
+            The indices of the stages asked for.
+        """
+        take_indices, max_index = feature_take_indices(len(self.stages), indices)
+        prune_end = max_index < len(self.stages) - 1
+        self.stages = self.stages[: max_index + 1]
+        if prune_end:
+            self.num_features = self.feature_info[max_index]["num_chs"]
+        if prune_norm or prune_end:
+            self.norm = nn.Identity()
+        if prune_head or prune_end:
+            self.reset_classifier(0, "")
+        return take_indices
+
+    def forward_features(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> normed map of the last stage (B, num_features, H', W')."""
+        x = self.stem(x)
+        x = self.stages(x)
+        return self.norm(x)
+
+    def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
+        """Map of `forward_features` -> logits (B, num_classes), or pooled features (B, head_hidden_size)."""
+        return self.head(x, pre_logits=pre_logits)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Image (B, in_chans, H, W) -> logits (B, num_classes)."""
+        return self.forward_head(self.forward_features(x))
+
+
+def _grid(img_size: Union[int, Tuple[int, int]], strides: Sequence[int]) -> Tuple[int, int]:
+    """(H, W) of the map after the given strides, each rounding up as `PatchEmbed` does."""
+    height, width = to_2tuple(img_size)
+    for stride in strides:
+        height, width = -(-height // stride), -(-width // stride)
+    return height, width
+
+
+# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
+# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
+_RELEASED_NAMES = (
+    (r"^patch_embed1\.", "stem."),
+    *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
+    *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
+    (r"\.pos_embed\.", ".pos_conv."),
+    (r"\.(attn|conv)\.", ".aggregation.static.conv."),
+    (r"\.conv1\.", ".aggregation.value."),
+    (r"\.conv2\.", ".aggregation.proj."),
+    (r"\.sa_weight$", ".aggregation.gate.logit"),
+    (r"^head\.", "head.fc."),
+)
+
+
+def _from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The released layout of CONTAINER-LIGHT in our names."""
+    renamed = {}
+    for key, tensor in state_dict.items():
+        mixed = key.partition(".conv1.")[0] + ".sa_weight" in state_dict
+        for pattern, name in _RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        if mixed and ".aggregation.value." in key:
+            q, k, tensor = tensor.chunk(3)
+            renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
+        renamed[key] = tensor
+    return renamed
+
+
+def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
+    """Makes a checkpoint fit a model, or refuses it before anything is loaded.
+
+    Takes our own layout and the released one, bare or under `state_dict` / `model`, with a classifier and image channels
+    of any number (timm adapts those); token matrices are resampled to the model's grids.
+
+    Args:
+        state_dict: The checkpoint.
+        model: The model to load it into.
+
+    Returns:
+        A state dict in the model's own names and shapes, but for the first convolution and the classifier.
+
+    Raises:
+        ValueError: Keys are missing or left over, or shapes differ.
+    """
+    for key in ("state_dict", "model"):
+        if isinstance(state_dict.get(key), dict):
+            state_dict = state_dict[key]
+    if weights.is_released(state_dict):
+        state_dict = _from_released(state_dict)
+
+    for name, module in model.named_modules():
+        left, right = f"{name}.left", f"{name}.right"
+        if isinstance(module, TokenMatrix) and left in state_dict and state_dict[left].shape[1] != module.left.shape[1]:
+            resampled = module.resample(state_dict[left], state_dict.get(right), module.grid)
+            state_dict = {**state_dict, **{k: t for k, t in zip((left, right), resampled) if t is not None}}
+
+    own = model.state_dict()
+    head = {key for key in own if key.startswith("head.")} | {"head.fc.weight", "head.fc.bias"}
+
+    def shape(key: str, tensor: Tensor) -> Tuple[int, ...]:
+        return tuple(tensor.shape[i] for i in range(tensor.ndim) if key != "stem.proj.weight" or i != 1)
+
+    problems = {
+        "missing": [key for key in own if key not in state_dict and key not in head],
+        "unexpected": [key for key in state_dict if key not in own and key not in head],
+        "of another shape": [
+            f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}"
+            for key in own
+            if key in state_dict and key not in head and shape(key, state_dict[key]) != shape(key, own[key])
+        ],
+    }
+    if any(problems.values()):
+        found = "; ".join(
+            f"{len(keys)} {problem} ({', '.join(keys[:2])}{', ...' if len(keys) > 2 else ''})"
+            for problem, keys in problems.items()
+            if keys
+        )
+        architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
+        raise ValueError(f"checkpoint does not fit {architecture}: {found}")
+    return state_dict
+
+
+def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> Container:
+    if pretrained:
+        kwargs["pretrained_cfg_overlay"] = weights.resolve(
+            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+        )
+    model = build_model_with_cfg(
+        Container,
+        variant,
+        pretrained,
+        pretrained_filter_fn=checkpoint_filter_fn,
+        feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
+        **kwargs,
+    )
+    model.pretrained_cfg.pop("state_dict", None)  # or every model would hold its weights twice
+    return model
+
+
+def _cfg(**kwargs: Any) -> Dict[str, Any]:
+    return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
+        "first_conv": "stem.proj",
+        "classifier": "head.fc",
+        "license": "apache-2.0",
+        "paper_ids": "arXiv:2106.01401",
+        "paper_name": "Container: Context Aggregation Network",
+        **kwargs,
+    }
+
+
+default_cfgs = generate_default_cfgs(
+    {
+        "container_light.ai2_in1k": _cfg(**weights.pretrained_cfg("container_light.ai2_in1k")),
+        "container_light_mlp4.untrained": _cfg(),
+        "container_light_nano.untrained": _cfg(),
+        "container_light_tiny.untrained": _cfg(),
+        "container_light_base.untrained": _cfg(),
+        "container_light_nano_32.untrained": _cfg(
+            num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0
+        ),
+        "container.untrained": _cfg(),
+        "container_nano.untrained": _cfg(),
+        "container_pam.untrained": _cfg(fixed_input_size=True),
+        "container_attention.untrained": _cfg(),
+        "container_conv.untrained": _cfg(),
+        "container_mixer.untrained": _cfg(fixed_input_size=True),
+        "container_mixer_mh.untrained": _cfg(fixed_input_size=True),
+    }
+)
+
+# A token matrix of every head over 56 x 56 or 28 x 28 tokens would hold more parameters than the rest of the network.
+_RANKS = (16, 16, None, None)
+
+# The family's scaling rule. Width w multiplies the channels 64/128/320/512, rounded to 8, and depth stays 3/4/8/3:
+# tiny w = 9/16, base w = 25/16, heads of dimension 32. Nano halves again, w = 1/4, and is shallower and of heads of
+# dimension 16, as 32 would leave its first stages without one.
+_NANO = dict(depths=(2, 3, 6, 2), embed_dims=(16, 32, 80, 128), num_heads=(1, 2, 5, 8))
+
+
+@register_model
+def container_light(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-LIGHT as released: static 5x5 convolution everywhere, attention mixed in in stage 4.
+
+    Released fact: this configuration, 20,633,643 parameters, 82.3 % ImageNet-1k top-1 in the authors' README. The paper's
+    text describes a smaller one, `container_light_mlp4`.
+    """
+    model_args = dict(mlp_ratios=(8, 8, 4, 4))
+    return _create_container("container_light", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_light_mlp4(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-LIGHT with MLP ratio 4 in every stage.
+
+    Reconstruction: fits the "20M, 82.0" of the authors' first README, and the paper's 20M; the release differs.
+    """
+    return _create_container("container_light_mlp4", pretrained, **kwargs)
+
+
+@register_model
+def container_light_nano(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-LIGHT at about 1 M parameters. Ours: width 1/4, depths 2/3/6/2."""
+    return _create_container("container_light_nano", pretrained, **dict(_NANO, **kwargs))
+
+
+@register_model
+def container_light_nano_32(pretrained: bool = False, **kwargs: Any) -> Container:
+    """`container_light_nano` for 32 x 32 images. Ours: a stem of stride 1, so the grids are 32, 16, 8 and 4."""
+    model_args = dict(_NANO, patch_sizes=(1, 2, 2, 2))
+    return _create_container("container_light_nano_32", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_light_tiny(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-LIGHT at 6-7 M parameters. Ours: width 9/16."""
+    model_args = dict(embed_dims=(40, 72, 184, 288), num_heads=9)
+    return _create_container("container_light_tiny", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_light_base(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-LIGHT at about 50 M parameters. Ours: width 25/16."""
+    model_args = dict(embed_dims=(104, 200, 504, 800), num_heads=25)
+    return _create_container("container_light_base", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER: attention and 5x5 convolution mixed in every stage, by the paper's free alpha and beta.
+
+    Reconstruction: `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing was released.
+    """
+    model_args = dict(dynamic="attention", gate="free")
+    return _create_container("container", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_nano(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER at about 1 M parameters. Ours: `container_light_nano` with attention in every stage."""
+    model_args = dict(_NANO, dynamic="attention", gate="free")
+    return _create_container("container_nano", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
+    """CONTAINER-PAM: a matrix per head added to attention after the softmax, alpha = beta = 1.
+
+    Reconstruction: the paper's listing changes DeiT; this is the same change on `container`. Tied to its image size.
+    """
+    model_args = dict(dynamic="attention", static="matrix", gate=None, ranks=_RANKS)
+    return _create_container("container_pam", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_attention(pretrained: bool = False, **kwargs: Any) -> Container:
+    """The base architecture with self-attention alone: alpha = 1, beta = 0. Reconstruction of the paper's comparison."""
+    model_args = dict(dynamic="attention", static=None)
+    return _create_container("container_attention", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_conv(pretrained: bool = False, **kwargs: Any) -> Container:
+    """The base architecture with 5x5 depthwise convolution alone. Reconstruction of the paper's comparison."""
+    model_args = dict(dynamic=None)
+    return _create_container("container_conv", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_mixer(pretrained: bool = False, **kwargs: Any) -> Container:
+    """The base architecture with one token matrix per block. Reconstruction; tied to its image size."""
+    model_args = dict(dynamic=None, static="matrix", num_heads=1, ranks=_RANKS)
+    return _create_container("container_mixer", pretrained, **dict(model_args, **kwargs))
+
+
+@register_model
+def container_mixer_mh(pretrained: bool = False, **kwargs: Any) -> Container:
+    """The base architecture with a token matrix per head. Reconstruction; tied to its image size."""
+    model_args = dict(dynamic=None, static="matrix", ranks=_RANKS)
+    return _create_container("container_mixer_mh", pretrained, **dict(model_args, **kwargs))

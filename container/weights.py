@@ -1,0 +1,102 @@
+"""Weights: what `weights_manifest.json` records, and how a checkpoint gets from a file to a model.
+
+The manifest has one record per weights entry, under its timm name `architecture.tag`; an unknown is null.
+"""
+
+import json
+from functools import lru_cache
+from pathlib import Path
+from typing import Any, Dict, Optional, Union
+
+from timm.models import load_state_dict, resolve_pretrained_cfg
+
+__all__ = ["is_released", "manifest", "pretrained_cfg", "read", "resolve"]
+
+_PACKAGE = Path(__file__).parent
+
+
+@lru_cache(maxsize=None)
+def manifest() -> Dict[str, Dict[str, Any]]:
+    """The records of `weights_manifest.json`, by name."""
+    inside = _PACKAGE / "weights_manifest.json"  # in a wheel; in a checkout it lies beside the package
+    path = inside if inside.is_file() else _PACKAGE.parent / inside.name
+    return json.loads(path.read_text(encoding="utf-8"))["weights"]
+
+
+def pretrained_cfg(name: str) -> Dict[str, Any]:
+    """The record's input and licence as entries of timm's pretrained cfg.
+
+    Args:
+        name: `architecture.tag`.
+
+    Raises:
+        KeyError: The manifest has no such record.
+    """
+    record = manifest()[name]
+    size = record["input"]
+    return dict(
+        input_size=tuple(size["input_size"]),
+        mean=tuple(size["mean"]),
+        std=tuple(size["std"]),
+        interpolation=size["interpolation"],
+        crop_pct=size["crop_pct"],
+        num_classes=record["num_classes"],
+        license=record["license"]["weights"] or "unknown",
+        origin_url=record["origin_url"],
+    )
+
+
+def is_released(state_dict: Dict[str, Any]) -> bool:
+    """Whether a state dict is in the layout of the authors' release."""
+    return "patch_embed1.proj.weight" in state_dict
+
+
+def read(path: Union[str, Path]) -> Dict[str, Any]:
+    """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
+
+    Of a training checkpoint these are the averaged (EMA) weights where it has them, as in timm. Of a released checkpoint
+    they are those under `model`, which the authors evaluated; they never evaluated its `model_ema`.
+
+    Args:
+        path: The file.
+
+    Raises:
+        FileNotFoundError: There is no such file.
+        RuntimeError: It is not a checkpoint, or holds more than tensors and plain values.
+    """
+    if not Path(path).is_file():
+        raise FileNotFoundError(f"no checkpoint at {path}")
+    state_dict = load_state_dict(str(path))
+    return load_state_dict(str(path), use_ema=False) if is_released(state_dict) else state_dict
+
+
+def resolve(
+    variant: str, pretrained_cfg: Union[str, Dict[str, Any], None], overlay: Optional[Dict[str, Any]]
+) -> Dict[str, Any]:
+    """Finds the weights that `pretrained=True` means and reads them where they are a file.
+
+    Args:
+        variant: Model name without tag.
+        pretrained_cfg: Tag or cfg given to `timm.create_model`.
+        overlay: `pretrained_cfg_overlay` given to `timm.create_model`.
+
+    Returns:
+        The overlay, with the state dict of a file in it; a Hub id, URL or folder is left to timm.
+
+    Raises:
+        FileNotFoundError: The file named does not exist.
+        RuntimeError: The weights exist, but can only be had by hand.
+    """
+    overlay = dict(overlay or {})
+    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    if cfg.source == "local-dir" or cfg.state_dict:
+        return overlay
+    if cfg.file:
+        return dict(overlay, state_dict=read(cfg.file))
+    record = manifest().get(f"{variant}.{cfg.tag}")
+    if record is not None and not (cfg.url or cfg.hf_hub_id):
+        raise RuntimeError(
+            f"the weights {variant}.{cfg.tag} have to be downloaded by hand, and nobody published their hash: get "
+            f"{record['file']['url']} and pass pretrained_cfg_overlay=dict(file=PATH)"
+        )
+    return overlay
