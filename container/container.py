@@ -80,8 +80,7 @@ class PatchEmbed(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        self.stride = stride
-        self.overhang = dilation * (patch_size - 1) + 1 - stride
+        self.reach = dilation * (patch_size - 1)
         self.min_size = min_size
         self.proj = nn.Conv2d(in_chs, dim, patch_size, stride, dilation=dilation, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
@@ -91,9 +90,9 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2], x.shape[-1]
         _assert(height >= self.min_size, f"image height {height} is smaller than the stem's patch {self.min_size}")
         _assert(width >= self.min_size, f"image width {width} is smaller than the stem's patch {self.min_size}")
-        # Always called, as a branch on the size would break fx and pin the size in torch.export.
-        x = F.pad(x, (0, -width % self.stride + self.overhang, 0, -height % self.stride + self.overhang))
-        return self.norm(self.proj(x))
+        # As wide as a patch reaches beyond its first position, whatever the size: the convolution leaves out what it does
+        # not need, and nothing here depends on the size, which fx and torch.export would pin.
+        return self.norm(self.proj(F.pad(x, (0, self.reach, 0, self.reach))))
 
 
 class Stage(nn.Module):

@@ -1,0 +1,210 @@
+"""One matrix by three routes: the kernel (`forward`), the formula (`matrix`), and a one-hot probe that knows neither."""
+
+import itertools
+
+import pytest
+import torch
+import torch.nn.functional as F
+from conftest import randomize
+from torch import nn
+
+from container import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+
+DIM = 8
+GRIDS = [(5, 5), (4, 7), (6, 3)]
+
+AFFINITIES = {
+    "attention": lambda grid: SelfAttention(DIM, 4),
+    "attention, plain": lambda grid: unfused(SelfAttention(DIM, 2)),
+    "conv 5x5": lambda grid: DepthwiseConv(DIM),
+    "conv 3x3": lambda grid: DepthwiseConv(DIM, kernel_size=3),
+    "conv 3x3, dilated": lambda grid: DepthwiseConv(DIM, kernel_size=3, dilation=2),
+    "matrix": lambda grid: TokenMatrix(DIM, 1, grid),
+    "matrix per head": lambda grid: TokenMatrix(DIM, 4, grid),
+    "matrix of rank 3": lambda grid: TokenMatrix(DIM, 2, grid, rank=3),
+    "context": lambda grid: GlobalContext(DIM),
+}
+cases = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
+every = pytest.mark.parametrize("name", AFFINITIES)
+
+
+def unfused(attention):
+    attention.fused_attn = False
+    return attention
+
+
+def build(name, grid, batch=2):
+    affinity = randomize(AFFINITIES[name](grid)).double().eval()
+    return affinity, torch.randn(batch, DIM, *grid, dtype=torch.float64)
+
+
+def read(affinity, x, v):
+    """A(x) v without a bias."""
+    return affinity(x, v) - affinity(x, torch.zeros_like(v))
+
+
+def probe(affinity, x):
+    """The matrix of every channel, column by column: the answer to a value map that is one at a single token."""
+    tokens = x[0, 0].numel()
+    columns = [
+        read(affinity, x, e.view(1, 1, *x.shape[-2:]).expand_as(x)).flatten(2)
+        for e in torch.eye(tokens, dtype=x.dtype)
+    ]
+    return torch.stack(columns, dim=-1)  # (B, C, N, N)
+
+
+@every
+@cases
+@torch.no_grad()
+def test_kernel_equals_formula(name, grid):
+    affinity, x = build(name, grid)
+    v = torch.randn_like(x)
+    heads = affinity.matrix(x)
+    assert heads.shape[1] == affinity.num_heads
+    expected = torch.einsum("bmij,bmdj->bmdi", heads.expand(2, -1, -1, -1), v.view(2, affinity.num_heads, -1, v[0, 0].numel()))
+    torch.testing.assert_close(read(affinity, x, v), expected.reshape(v.shape), rtol=1e-10, atol=1e-12)
+
+
+@every
+@cases
+@torch.no_grad()
+def test_probe_equals_formula(name, grid):
+    affinity, x = build(name, grid)
+    heads = affinity.matrix(x).expand(2, -1, -1, -1)
+    expected = heads.repeat_interleave(DIM // heads.shape[1], dim=1)
+    torch.testing.assert_close(probe(affinity, x), expected, rtol=1e-10, atol=1e-12)
+
+
+@every
+def test_gradients(name):
+    affinity, x = build(name, (3, 2), batch=1)
+    x.requires_grad_()
+    v = torch.randn_like(x, requires_grad=True)
+    assert torch.autograd.gradcheck(lambda x, v: affinity(x, v), (x, v))
+
+
+@cases
+@torch.no_grad()
+def test_attention_rows_sum_to_one(grid):
+    affinity, x = build("attention", grid)
+    torch.testing.assert_close(affinity.matrix(x).sum(-1), torch.ones(2, 4, x[0, 0].numel(), dtype=x.dtype))
+
+
+@cases
+@torch.no_grad()
+def test_attention_is_multihead_attention(grid):
+    affinity, x = build("attention", grid)
+    reference = nn.MultiheadAttention(DIM, 4, batch_first=True, dtype=torch.float64)
+    value = torch.randn(DIM, DIM, dtype=torch.float64)
+    reference.in_proj_weight.copy_(torch.cat((affinity.qk.weight[:, :, 0, 0], value)))
+    reference.in_proj_bias.copy_(torch.cat((affinity.qk.bias, torch.zeros(DIM, dtype=torch.float64))))
+    reference.out_proj.weight.copy_(torch.eye(DIM))
+    reference.out_proj.bias.zero_()
+    tokens = x.flatten(2).transpose(1, 2)
+    expected, _ = reference(tokens, tokens, tokens, need_weights=False)
+    actual = affinity(x, F.conv2d(x, value[:, :, None, None])).flatten(2).transpose(1, 2)
+    torch.testing.assert_close(actual, expected)
+
+
+@pytest.mark.parametrize("kernel, dilation", [(5, 1), (3, 1), (3, 2)])
+@cases
+@torch.no_grad()
+def test_conv_vanishes_outside_its_window_and_holds_its_kernel(grid, kernel, dilation):
+    affinity = DepthwiseConv(DIM, kernel, dilation).double()
+    matrix = affinity.matrix(torch.zeros(1, DIM, *grid))[0]
+    tokens = list(itertools.product(range(grid[0]), range(grid[1])))
+    reach = kernel // 2
+    for (i, (yi, xi)), (j, (yj, xj)) in itertools.product(enumerate(tokens), enumerate(tokens)):
+        dy, dx = (yj - yi) / dilation, (xj - xi) / dilation
+        inside = dy == int(dy) and dx == int(dx) and max(abs(dy), abs(dx)) <= reach
+        weight = affinity.conv.weight[:, 0, int(dy) + reach, int(dx) + reach] if inside else torch.zeros(DIM).double()
+        assert torch.equal(matrix[:, i, j], weight)
+
+
+@pytest.mark.parametrize("name", ["conv 5x5", "matrix", "matrix per head", "matrix of rank 3"])
+@torch.no_grad()
+def test_static_affinity_ignores_x(name):
+    affinity, x = build(name, (5, 5))
+    v = torch.randn_like(x)
+    assert torch.equal(affinity(x, v), affinity(torch.randn_like(x), v))
+    assert torch.equal(affinity.matrix(x), affinity.matrix(torch.randn_like(x)))
+
+
+@cases
+@torch.no_grad()
+def test_ranks(grid):
+    affinity, x = build("context", grid)
+    assert (torch.linalg.matrix_rank(affinity.matrix(x)) == 1).all()
+    affinity, x = build("matrix of rank 3", grid)
+    assert (torch.linalg.matrix_rank(affinity.matrix(x)) == 3).all()
+
+
+@torch.no_grad()
+def test_attention_drops_entries_in_training_only():
+    affinity = SelfAttention(DIM, 2, attn_drop=0.5)
+    x = torch.randn(1, DIM, 4, 4)
+    assert torch.equal(affinity.eval()(x, x), affinity(x, x))
+    affinity.train()
+    assert not torch.equal(affinity(x, x), affinity(x, x))
+    # A dropped entry is made up for by the others: on average nothing changes.
+    mean = torch.stack([affinity(x, x) for _ in range(4000)]).mean(0)
+    torch.testing.assert_close(mean, affinity.eval()(x, x), rtol=0, atol=0.1)
+
+
+@pytest.mark.parametrize("rank, std", [(None, 0.02), (1, 0.02), (16, 0.02)])
+def test_token_matrix_starts_at_one_scale_whatever_its_rank(rank, std):
+    matrix = TokenMatrix(DIM, DIM, (12, 12), rank).matrix(torch.empty(0))
+    torch.testing.assert_close(matrix.std().item(), std, rtol=0.1, atol=0)
+
+
+@pytest.mark.parametrize("rank", [None, 4])
+@torch.no_grad()
+def test_token_matrix_resampled(rank):
+    """A smooth matrix keeps its answer to a smooth map on a finer, non-square grid; a constant is read as a constant."""
+    affinity = TokenMatrix(DIM, 2, (8, 8), rank)
+    before = affinity.matrix(torch.empty(0)).sum(-1)
+    smooth = torch.full((64, 64), 1 / 64)
+    affinity.left.copy_(smooth if rank is None else torch.full((64, 4), 1 / 8))
+    if rank is not None:
+        affinity.right.copy_(torch.full((4, 64), 1 / 32))
+    affinity.left.requires_grad_(False)
+    affinity.set_input_size((12, 16))
+    assert affinity.grid == (12, 16) and affinity.left.shape[1] == 192 and not affinity.left.requires_grad
+    v = torch.ones(1, DIM, 12, 16)
+    torch.testing.assert_close(affinity(v, v), v)
+    assert before.shape == (1, 2, 64)
+
+
+@torch.no_grad()
+def test_token_matrix_resampled_to_its_own_grid_is_unchanged():
+    affinity, x = build("matrix of rank 3", (4, 7))
+    before = affinity.matrix(x).clone()
+    affinity.set_input_size((4, 7))
+    assert torch.equal(affinity.matrix(x), before)
+
+
+@pytest.mark.parametrize(
+    "build, message",
+    [
+        (lambda: SelfAttention(100, 16), "dim 100 is not divisible by num_heads 16"),
+        (lambda: SelfAttention(64, 0), "dim 64 is not divisible by num_heads 0"),
+        (lambda: TokenMatrix(100, 16, (7, 7)), "dim 100 is not divisible by num_heads 16"),
+        (lambda: TokenMatrix(64, 2, (7, 7), rank=50), "rank 50 is not between 1 and the 49 tokens"),
+        (lambda: DepthwiseConv(64, kernel_size=4), "kernel_size 4 is even"),
+    ],
+)
+def test_bad_arguments(build, message):
+    with pytest.raises(ValueError, match=message):
+        build()
+
+
+@pytest.mark.parametrize("grid, message", [((7, 8), "7 rows of tokens for a TokenMatrix of 8"), ((8, 9), "9 columns")])
+def test_token_matrix_on_a_wrong_grid(grid, message):
+    x = torch.randn(1, DIM, *grid)
+    with pytest.raises(AssertionError, match=message):
+        TokenMatrix(DIM, 2, (8, 8))(x, x)
+
+
+def test_token_matrix_of_an_unknown_grid_is_not_resampled():
+    with pytest.raises(ValueError, match="50 tokens: its grid is not known"):
+        TokenMatrix(DIM, 1, (7, 7)).resample(torch.zeros(1, 50, 50), None, (7, 7))
