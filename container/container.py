@@ -43,8 +43,9 @@ __all__ = ["Container"]
 T = TypeVar("T")
 PerStage = Union[T, Sequence[T]]
 
-_AFFINITIES = {"dynamic": ("attention", "context"), "static": ("conv", "matrix")}
-_GATES: Dict[Optional[str], Optional[Type[nn.Module]]] = {"convex": ConvexGate, "free": FreeGate, None: None}
+# Never None for "none": timm.create_model drops arguments that are None.
+_AFFINITIES = {"dynamic": ("none", "attention", "context"), "static": ("none", "conv", "matrix")}
+_GATES: Dict[str, Optional[Type[nn.Module]]] = {"convex": ConvexGate, "free": FreeGate, "sum": None}
 
 
 class PatchEmbed(nn.Module):
@@ -134,31 +135,31 @@ def _per_stage(name: str, value: PerStage[T], num_stages: int) -> List[T]:
 
 def _create_affinity(
     role: str,
-    name: Optional[str],
+    name: str,
     dim: int,
     num_heads: int,
     grid: Tuple[int, int],
-    rank: Optional[int],
+    rank: int,
     dilation: int,
     attn_drop: float,
     dd: Dict[str, Any],
 ) -> Optional[Affinity]:
-    """The affinity of that name, or None for None; each takes what it needs of a stage's settings.
+    """The affinity of that name, or None for 'none'; each takes what it needs of a stage's settings.
 
     Raises:
         ValueError: No affinity of that role has that name.
     """
-    if name is None:
-        return None
     if name not in _AFFINITIES[role]:
         raise ValueError(f"unknown {role} affinity {name!r}: choose from {', '.join(_AFFINITIES[role])}")
+    if name == "none":
+        return None
     if name == "attention":
         return SelfAttention(dim, num_heads, attn_drop=attn_drop, **dd)
     if name == "context":
         return GlobalContext(dim, **dd)
     if name == "conv":
         return DepthwiseConv(dim, dilation=dilation, **dd)
-    return TokenMatrix(dim, num_heads, grid, rank, **dd)
+    return TokenMatrix(dim, num_heads, grid, rank or None, **dd)
 
 
 class Container(nn.Module):
@@ -183,12 +184,12 @@ class Container(nn.Module):
         embed_dims: Channels per stage.
         patch_sizes: Downsampling per stage, the first by the stem.
         mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
-        dynamic: 'attention', 'context' or None, per stage.
-        static: 'conv' (5x5), 'matrix' or None, per stage.
-        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or None
+        dynamic: 'attention', 'context' or 'none', per stage.
+        static: 'conv' (5x5), 'matrix' or 'none', per stage.
+        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or 'sum'
             for alpha = beta = 1.
         num_heads: Heads of attention and token matrices, per stage.
-        ranks: Rank of token matrices, per stage; None for dense.
+        ranks: Rank of token matrices, per stage; 0 for dense ones.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after aggregation and in the MLP.
         attn_drop_rate: Dropout on the entries of attention.
@@ -214,11 +215,11 @@ class Container(nn.Module):
         embed_dims: Sequence[int] = (64, 128, 320, 512),
         patch_sizes: Sequence[int] = (4, 2, 2, 2),
         mlp_ratios: PerStage[float] = 4.0,
-        dynamic: PerStage[Optional[str]] = (None, None, None, "attention"),
-        static: PerStage[Optional[str]] = "conv",
-        gate: Optional[str] = "convex",
+        dynamic: PerStage[str] = ("none", "none", "none", "attention"),
+        static: PerStage[str] = "conv",
+        gate: str = "convex",
         num_heads: PerStage[int] = (2, 4, 10, 16),
-        ranks: PerStage[Optional[int]] = None,
+        ranks: PerStage[int] = 0,
         drop_rate: float = 0.0,
         proj_drop_rate: float = 0.0,
         attn_drop_rate: float = 0.0,
@@ -238,17 +239,16 @@ class Container(nn.Module):
         if output_stride not in (8, 16, 32):
             raise ValueError(f"output_stride {output_stride} is not 8, 16 or 32")
         if gate not in _GATES:
-            raise ValueError(f"unknown gate {gate!r}: choose from {', '.join(map(str, _GATES))}")
+            raise ValueError(f"unknown gate {gate!r}: choose from {', '.join(_GATES)}")
         norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
         drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
-        self.feature_info: List[Dict[str, Any]] = []
 
         self.stem = PatchEmbed(in_chans, embed_dims[0], patch_sizes[0], patch_sizes[0], min_size=patch_sizes[0], **dd)
         strides, reduction, dilation = [patch_sizes[0]], patch_sizes[0], 1
-        stages = []
+        stages, feature_info = [], []
         for i, dim in enumerate(embed_dims):
             downsample: nn.Module = nn.Identity()
             if i > 0:
@@ -270,7 +270,7 @@ class Container(nn.Module):
                 attn_drop=attn_drop_rate,
                 dd=dd,
             )
-            create_gate = _GATES[gate] if dynamic[i] is not None and static[i] is not None else None
+            create_gate = _GATES[gate] if "none" not in (dynamic[i], static[i]) else None
             blocks = [
                 Block(
                     dim,
@@ -293,7 +293,8 @@ class Container(nn.Module):
                 for j in range(depths[i])
             ]
             stages.append(Stage(downsample, blocks))
-            self.feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
+            feature_info.append(dict(num_chs=dim, reduction=reduction, module=f"stages.{i}"))
+        self.feature_info = feature_info
         self.strides = strides
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = embed_dims[-1]
@@ -609,7 +610,7 @@ default_cfgs = generate_default_cfgs(
 )
 
 # A token matrix of every head over 56 x 56 or 28 x 28 tokens would hold more parameters than the rest of the network.
-_RANKS = (16, 16, None, None)
+_RANKS = (16, 16, 0, 0)
 
 # The family's scaling rule. Width w multiplies the channels 64/128/320/512, rounded to 8, and depth stays 3/4/8/3:
 # tiny w = 9/16, base w = 25/16, heads of dimension 32. Nano halves again, w = 1/4, and is shallower and of heads of
@@ -687,33 +688,33 @@ def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
 
     Reconstruction: the paper's listing changes DeiT; this is the same change on `container`. Tied to its image size.
     """
-    model_args = dict(dynamic="attention", static="matrix", gate=None, ranks=_RANKS)
+    model_args = dict(dynamic="attention", static="matrix", gate="sum", ranks=_RANKS)
     return _create_container("container_pam", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def container_attention(pretrained: bool = False, **kwargs: Any) -> Container:
     """The base architecture with self-attention alone: alpha = 1, beta = 0. Reconstruction of the paper's comparison."""
-    model_args = dict(dynamic="attention", static=None)
+    model_args = dict(dynamic="attention", static="none")
     return _create_container("container_attention", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def container_conv(pretrained: bool = False, **kwargs: Any) -> Container:
     """The base architecture with 5x5 depthwise convolution alone. Reconstruction of the paper's comparison."""
-    model_args = dict(dynamic=None)
+    model_args = dict(dynamic="none")
     return _create_container("container_conv", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def container_mixer(pretrained: bool = False, **kwargs: Any) -> Container:
     """The base architecture with one token matrix per block. Reconstruction; tied to its image size."""
-    model_args = dict(dynamic=None, static="matrix", num_heads=1, ranks=_RANKS)
+    model_args = dict(dynamic="none", static="matrix", num_heads=1, ranks=_RANKS)
     return _create_container("container_mixer", pretrained, **dict(model_args, **kwargs))
 
 
 @register_model
 def container_mixer_mh(pretrained: bool = False, **kwargs: Any) -> Container:
     """The base architecture with a token matrix per head. Reconstruction; tied to its image size."""
-    model_args = dict(dynamic=None, static="matrix", ranks=_RANKS)
+    model_args = dict(dynamic="none", static="matrix", ranks=_RANKS)
     return _create_container("container_mixer_mh", pretrained, **dict(model_args, **kwargs))

@@ -13,6 +13,9 @@ ROOT = Path(__file__).parent.parent
 # Data that cannot be committed for its licence or size; beside the checkout unless this variable names another place.
 SHARED = Path(os.environ.get("CONTAINER_TEST_DATA", ROOT.parent / "shared"))
 
+if "PYTEST_XDIST_WORKER" in os.environ:
+    torch.set_num_threads(1)  # one worker per core; more threads than cores make each other wait
+
 
 def shared(name: str) -> Path:
     """The path of a shared file, or a skip that says what is missing."""
