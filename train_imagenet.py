@@ -25,7 +25,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
-from timm.utils import AverageMeter, CheckpointSaver, random_seed, update_summary
+from timm.utils import AverageMeter, CheckpointSaver, get_outdir, random_seed, update_summary
 from tqdm import tqdm
 
 import container  # noqa: F401  registers the models
@@ -39,7 +39,7 @@ DIGITS = dict(
     lr_base=0.02,
     warmup_epochs=2,
     drop_path=0.0,
-    scale=(0.6, 1.0),
+    scale=[0.6, 1.0],
     hflip=0.0,
     aa=None,
     reprob=0.0,
@@ -65,7 +65,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     model.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     run = parser.add_argument_group("run")
-    run.add_argument("--output", type=Path, default=Path("output"), help="folder for checkpoints, log and picture")
+    run.add_argument("--output", default="output", help="new folder for checkpoints, log and picture (-1, -2, ... if taken)")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--epochs", type=int, default=300)
@@ -78,7 +78,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     optim.add_argument("--min-lr", type=float, default=1e-5)
     optim.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--scale", type=float, nargs=2, default=(0.08, 1.0), help="area of a random crop")
+    augment.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random crop")
     augment.add_argument("--hflip", type=float, default=0.5, help="probability of a mirror image")
     augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy of timm")
     augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
@@ -162,12 +162,12 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
             train_set, val_set, num_classes = Digits(train=True), Digits(train=False), Digits.num_classes
         else:
             train_set, val_set, num_classes = create_datasets(args.data_dir)
-    except (ImportError, OSError, ValueError) as error:
+        if len(train_set) < args.batch_size:
+            raise ValueError(f"a batch of {args.batch_size} for {len(train_set)} training images")
+        model = build_model(args, num_classes)
+    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
         raise SystemExit(f"train_imagenet.py: {error}") from None
-    if len(train_set) < args.batch_size:
-        raise SystemExit(f"train_imagenet.py: --batch-size {args.batch_size} for {len(train_set)} training images")
 
-    model = build_model(args, num_classes)
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
     size, mean, std = config["input_size"], config["mean"], config["std"]
     common: Dict[str, Any] = dict(
@@ -210,11 +210,10 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
         step_on_epochs=False,
         updates_per_epoch=len(train_loader),
     )
-    args.output.mkdir(parents=True, exist_ok=True)
-    summary = args.output / "summary.csv"
-    summary.unlink(missing_ok=True)  # a new run; its rows are not the old one's
-    (args.output / "args.yaml").write_text(yaml.safe_dump({k: str(v) for k, v in vars(args).items()}))
-    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(args.output), max_history=2, task=task)
+    output = Path(get_outdir(args.output, inc=True))
+    (output / "args.yaml").write_text(yaml.safe_dump(vars(args)))
+    summary, curves = output / "summary.csv", output / "curves.png"
+    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(output), max_history=2, task=task)
 
     params = sum(p.numel() for p in model.parameters())
     print(f"{args.model}: {params / 1e6:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]} on {args.device}")
@@ -231,13 +230,13 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
                 lr = optimizer.param_groups[0]["lr"]
                 update_summary(epoch, losses, metrics, str(summary), lr=lr)
                 saver.save_checkpoint(epoch, metric=metrics["top1"])
-                plot_curves(summary, args.output / "curves.png")
+                plot_curves(summary, curves)
                 bar.write(f"epoch {epoch + 1:3d}: loss {losses['loss']:.3f}, validation {metrics['top1']:.2f} % top-1")
-    except FloatingPointError as error:
+    except (AssertionError, FloatingPointError) as error:
         raise SystemExit(f"train_imagenet.py: {error}") from None
     print(f"\n{metrics['top1']:.2f} % of {len(val_set)} validation images right after {time.time() - start:.0f} s")
-    print(f"best epoch: {saver.best_metric:.2f} %, in {args.output / 'model_best.pth.tar'}")
-    print(f"curves: {args.output / 'curves.png'}")
+    print(f"best epoch: {saver.best_metric:.2f} %, in {output / 'model_best.pth.tar'}")
+    print(f"curves: {curves}")
     return metrics["top1"]
 
 

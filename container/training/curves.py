@@ -28,7 +28,7 @@ def plot_curves(summary: Union[str, Path], picture: Union[str, Path]) -> None:
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
     losses, accuracy = figure.subplots(1, 2)
-    losses.plot(epochs, columns["train_loss"], marker=".", color="#0072B2", label="training")
+    losses.plot(epochs, columns["train_loss"], marker=".", color="#0072B2", label="training (augmented)")
     losses.plot(epochs, columns["eval_loss"], marker=".", color="#D55E00", label="validation")
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend(frameon=False)
