@@ -4,7 +4,7 @@
     python train_imagenet.py                                                  # a small model on handwritten digits
     python train_imagenet.py --data-dir imagenet --model container_light      # DIR/train/CLASS/*, DIR/val/CLASS/*
 
-Defaults are the released recipe of CONTAINER-LIGHT (DeiT's) as far as one process goes; without --data-dir, DIGITS below.
+Defaults are the released recipe of CONTAINER-LIGHT (DeiT's) as far as one process goes, and DIGITS below without data.
 """
 
 import argparse
@@ -65,7 +65,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     model.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
     run = parser.add_argument_group("run")
-    run.add_argument("--output", default="output", help="new folder for checkpoints, log and picture (-1, -2, ... if taken)")
+    run.add_argument(
+        "--output", default="output", help="new folder for checkpoints, log and picture (-1, -2, ... if taken)"
+    )
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     run.add_argument("--seed", type=int, default=0)
     run.add_argument("--epochs", type=int, default=300)
@@ -216,7 +218,9 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
     saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(output), max_history=2, task=task)
 
     params = sum(p.numel() for p in model.parameters())
-    print(f"{args.model}: {params / 1e6:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]} on {args.device}")
+    print(
+        f"{args.model}: {params / 1e6:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]} on {args.device}"
+    )
     print(f"{len(train_set)} images to train on, {len(val_set)} to validate on, {args.epochs} epochs")
     start = time.time()
     images = args.epochs * len(train_loader) * args.batch_size

@@ -1,4 +1,4 @@
-"""`python -m container SCRIPT ...` runs a timm script (train.py, validate.py, benchmark.py) with the models registered."""
+"""`python -m container SCRIPT ...` runs a timm script (train.py, validate.py, ...) with the models registered."""
 
 import runpy
 import sys

@@ -1,8 +1,8 @@
 """Affinities: how tokens read tokens.
 
-An affinity is A in `Y = (alpha A(X) + beta A) V W + X`: per head, an N x N matrix whose row i holds the weights with which
-token i reads every token j. `dynamic` ones are computed from X, `static` ones are parameters. Each class has two views of
-the same matrix, and the tests hold every class to their equality:
+An affinity is A in `Y = (alpha A(X) + beta A) V W + X`: per head, an N x N matrix whose row i holds the weights with
+which token i reads every token j. `dynamic` ones are computed from X, `static` ones are parameters. Each class has two
+views of the same matrix, and the tests hold every class to their equality:
 
 * `forward(x, v)` is A(x) v by the fastest kernel: two maps (B, C, H, W) in, one map out; N x N is never formed
   except by a dense `TokenMatrix`, whose parameter it is.
@@ -158,7 +158,7 @@ class TokenMatrix(nn.Module):
     A_m = L_m, or A_m = L_m R_m of rank r where N is so large that N x N parameters are too many.
     One head is the (linear) token mixing of MLP-Mixer; several are its multi-head form and the table of CONTAINER-PAM.
 
-    Source: paper, section 3.2 (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal init).
+    Source: paper, section 3.2 (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal).
     Cost: O(N^2 C) and M N^2 parameters dense; O(N r C) and 2 M N r parameters with rank r.
 
     Note: the paper's tables are dense; the low rank is ours, so that the family can have one at a 56x56 grid.
@@ -250,7 +250,9 @@ class TokenMatrix(nn.Module):
 
         def rows(a: Tensor) -> Tensor:  # (M, N, K) -> (M, N', K)
             a = a.transpose(0, 1).reshape(old[0], old[1], -1)
-            return resample_abs_pos_embed_nhwc(a, list(grid)).reshape(grid[0] * grid[1], left.shape[0], -1).transpose(0, 1)
+            return (
+                resample_abs_pos_embed_nhwc(a, list(grid)).reshape(grid[0] * grid[1], left.shape[0], -1).transpose(0, 1)
+            )
 
         def columns(a: Tensor) -> Tensor:  # (M, K, N) -> (M, K, N')
             return rows(a.transpose(1, 2)).transpose(1, 2) * (tokens / (grid[0] * grid[1]))
@@ -285,9 +287,7 @@ class GlobalContext(nn.Module):
         dtype: Type of the parameters.
     """
 
-    def __init__(
-        self, dim: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
-    ) -> None:
+    def __init__(self, dim: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
         super().__init__()
         self.num_heads = 1
         self.query = nn.Conv2d(dim, 1, 1, device=device, dtype=dtype)

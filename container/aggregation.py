@@ -1,7 +1,7 @@
 """The equation of the paper, its gate, and the residual block around it."""
 
 import math
-from typing import Optional, Tuple, Type
+from typing import Any, Dict, Optional, Tuple, Type
 
 import torch
 from timm.layers import DropPath, Mlp
@@ -68,8 +68,8 @@ class Aggregation(nn.Module):
 
     Y = (alpha A(X) + beta A) V W, with V = X W_v. The residual `+ X` is the block's.
 
-    A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`, alpha and beta come from `gate`. Both affinities read the
-    same V, so mixing their outputs equals mixing their matrices, and running it forms no N x N.
+    A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`, alpha and beta come from `gate`. Both affinities read
+    the same V, so mixing their outputs equals mixing their matrices, and running it forms no N x N.
 
     Source: paper, section 3.3. Cost: O(N C^2) for the projections, plus that of the affinities.
 
@@ -120,7 +120,7 @@ class Aggregation(nn.Module):
         elif self.dynamic is not None:
             y = self.dynamic(x, v)
         else:
-            y = self.static(x, v)
+            y = self.static(x, v)  # type: ignore[misc]
         return self.proj_drop(self.proj(y))
 
     def matrix(self, x: Tensor) -> Tensor:
@@ -175,8 +175,8 @@ class Block(nn.Module):
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
-        dd = {"device": device, "dtype": dtype}
-        self.pos_conv = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, **dd)  # type: ignore[arg-type]
+        dd: Dict[str, Any] = {"device": device, "dtype": dtype}
+        self.pos_conv = nn.Conv2d(dim, dim, 3, padding=dilation, dilation=dilation, groups=dim, **dd)
         self.norm1 = norm_layer(dim, **dd)
         self.aggregation = aggregation
         self.drop_path1 = DropPath(drop_path) if drop_path > 0 else nn.Identity()

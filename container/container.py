@@ -91,8 +91,8 @@ class PatchEmbed(nn.Module):
         height, width = x.shape[-2], x.shape[-1]
         _assert(height >= self.min_size, f"image height {height} is smaller than the stem's patch {self.min_size}")
         _assert(width >= self.min_size, f"image width {width} is smaller than the stem's patch {self.min_size}")
-        # As wide as a patch reaches beyond its first position, whatever the size: the convolution leaves out what it does
-        # not need, and nothing here depends on the size, which fx and torch.export would pin.
+        # As wide as a patch reaches beyond its first position, whatever the size: the convolution leaves out what it
+        # does not need, and nothing here depends on the size, which fx and torch.export would pin.
         return self.norm(self.proj(F.pad(x, (0, self.reach, 0, self.reach))))
 
 
@@ -165,8 +165,8 @@ def _create_affinity(
 class Container(nn.Module):
     """The network: a stem, stages of residual blocks, a norm, a pooled linear head.
 
-    Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the family
-    is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
+    Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the
+    family is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
 
     Takes any image size from 32 x 32 up (the stem's patch, really), square or not, odd or even, unless a stage holds a
     `TokenMatrix`: that one is tied to `img_size`, see `set_input_size`.
@@ -178,7 +178,7 @@ class Container(nn.Module):
         in_chans: Channels of the image.
         num_classes: Width of the classifier; 0 for none.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
-        output_stride: 8, 16 or 32: patch embeddings beyond that stride stop striding, and convolutions after them dilate.
+        output_stride: 8, 16 or 32; beyond it patch embeddings stop striding, and convolutions after them dilate.
         img_size: Image size, int or (H, W), to which token matrices are tied; other affinities do not read it.
         depths: Blocks per stage.
         embed_dims: Channels per stage.
@@ -186,8 +186,8 @@ class Container(nn.Module):
         mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
         dynamic: 'attention', 'context' or 'none', per stage.
         static: 'conv' (5x5), 'matrix' or 'none', per stage.
-        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or 'sum'
-            for alpha = beta = 1.
+        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or
+            'sum' for alpha = beta = 1.
         num_heads: Heads of attention and token matrices, per stage.
         ranks: Rank of token matrices, per stage; 0 for dense ones.
         drop_rate: Dropout before the classifier.
@@ -240,15 +240,16 @@ class Container(nn.Module):
             raise ValueError(f"output_stride {output_stride} is not 8, 16 or 32")
         if gate not in _GATES:
             raise ValueError(f"unknown gate {gate!r}: choose from {', '.join(_GATES)}")
-        norm_layer, act_layer = get_norm_layer(norm_layer), get_act_layer(act_layer)
-        drop_paths = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
+        norm, act = get_norm_layer(norm_layer), get_act_layer(act_layer)
+        drop_paths: Any = calculate_drop_path_rates(drop_path_rate, list(depths), stagewise=True)
 
         self.num_classes = num_classes
         self.in_chans = in_chans
 
         self.stem = PatchEmbed(in_chans, embed_dims[0], patch_sizes[0], patch_sizes[0], min_size=patch_sizes[0], **dd)
         strides, reduction, dilation = [patch_sizes[0]], patch_sizes[0], 1
-        stages, feature_info = [], []
+        stages: List[nn.Module] = []
+        feature_info: List[Dict[str, Any]] = []
         for i, dim in enumerate(embed_dims):
             downsample: nn.Module = nn.Identity()
             if i > 0:
@@ -286,8 +287,8 @@ class Container(nn.Module):
                     dilation=dilation,
                     proj_drop=proj_drop_rate,
                     drop_path=drop_paths[i][j],
-                    norm_layer=norm_layer,
-                    act_layer=act_layer,
+                    norm_layer=norm,
+                    act_layer=act,
                     **dd,
                 )
                 for j in range(depths[i])
@@ -298,7 +299,7 @@ class Container(nn.Module):
         self.strides = strides
         self.stages = nn.Sequential(*stages)
         self.num_features = self.head_hidden_size = embed_dims[-1]
-        self.norm = norm_layer(self.num_features, **dd)
+        self.norm = norm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features
         self.init_weights(needs_reset=False)
@@ -314,8 +315,8 @@ class Container(nn.Module):
         """
         if needs_reset:
             for module in self.modules():
-                if isinstance(reset := getattr(module, "reset_parameters", None), Callable):  # type: ignore[arg-type]
-                    reset()
+                if hasattr(module, "reset_parameters"):
+                    module.reset_parameters()  # type: ignore[operator]
         if isinstance(self.head.fc, nn.Linear):
             trunc_normal_(self.head.fc.weight, std=0.02)
             nn.init.zeros_(self.head.fc.bias)
@@ -324,8 +325,8 @@ class Container(nn.Module):
     def no_weight_decay(self) -> Set[str]:
         """Names exempt from weight decay beside those of one dimension (norms, biases, gates), which timm exempts.
 
-        Source: released code. It means to exempt `pos_conv`, but by a name that none of its parameters has, so the published
-        weights were trained with every kernel decayed; so are ours.
+        Source: released code. It means to exempt `pos_conv`, but by a name that none of its parameters has, so the
+        published weights were trained with every kernel decayed; so are ours.
         """
         return set()
 
@@ -343,7 +344,7 @@ class Container(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations."""
         for stage in self.stages:
-            stage.grad_checkpointing = enable
+            stage.grad_checkpointing = enable  # type: ignore[assignment]
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
@@ -408,7 +409,7 @@ class Container(nn.Module):
         else:
             stages = self.stages[: max_index + 1]
         feat_idx = 0
-        for feat_idx, stage in enumerate(stages):  # noqa: B007
+        for feat_idx, stage in enumerate(stages):
             x = stage(x)
             if feat_idx in take_indices:
                 if norm and feat_idx == last:
@@ -502,8 +503,8 @@ def _from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """Makes a checkpoint fit a model, or refuses it before anything is loaded.
 
-    Takes our own layout and the released one, bare or under `state_dict` / `model`, with a classifier and image channels
-    of any number (timm adapts those); token matrices are resampled to the model's grids.
+    Takes our own layout and the released one, bare or under `state_dict` / `model`, with a classifier and image
+    channels of any number (timm adapts those); token matrices are resampled to the model's grids.
 
     Args:
         state_dict: The checkpoint.
@@ -525,7 +526,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         left, right = f"{name}.left", f"{name}.right"
         if isinstance(module, TokenMatrix) and left in state_dict and state_dict[left].shape[1] != module.left.shape[1]:
             resampled = module.resample(state_dict[left], state_dict.get(right), module.grid)
-            state_dict = {**state_dict, **{k: t for k, t in zip((left, right), resampled) if t is not None}}
+            state_dict = {
+                **state_dict,
+                **{k: t for k, t in zip((left, right), resampled, strict=True) if t is not None},
+            }
 
     own = model.state_dict()
     head = {key for key in own if key.startswith("head.")} | {"head.fc.weight", "head.fc.bias"}
@@ -566,7 +570,7 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
-    model.pretrained_cfg.pop("state_dict", None)  # or every model would hold its weights twice
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore # or every model would hold its weights twice
     return model
 
 
@@ -622,8 +626,8 @@ _NANO = dict(depths=(2, 3, 6, 2), embed_dims=(16, 32, 80, 128), num_heads=(1, 2,
 def container_light(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER-LIGHT as released: static 5x5 convolution everywhere, attention mixed in in stage 4.
 
-    Released fact: this configuration, 20,633,643 parameters, 82.3 % ImageNet-1k top-1 in the authors' README. The paper's
-    text describes a smaller one, `container_light_mlp4`.
+    Released fact: this configuration, 20,633,643 parameters, 82.3 % ImageNet-1k top-1 in the authors' README. The
+    paper's numbers fit a smaller one, `container_light_mlp4`.
     """
     model_args = dict(mlp_ratios=(8, 8, 4, 4))
     return _create_container("container_light", pretrained, **dict(model_args, **kwargs))
@@ -669,7 +673,8 @@ def container_light_base(pretrained: bool = False, **kwargs: Any) -> Container:
 def container(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER: attention and 5x5 convolution mixed in every stage, by the paper's free alpha and beta.
 
-    Reconstruction: `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing was released.
+    Reconstruction: `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing of it was
+    released.
     """
     model_args = dict(dynamic="attention", gate="free")
     return _create_container("container", pretrained, **dict(model_args, **kwargs))
@@ -694,7 +699,7 @@ def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
 
 @register_model
 def container_attention(pretrained: bool = False, **kwargs: Any) -> Container:
-    """The base architecture with self-attention alone: alpha = 1, beta = 0. Reconstruction of the paper's comparison."""
+    """The base architecture with self-attention alone. Reconstruction of the paper's comparison."""
     model_args = dict(dynamic="attention", static="none")
     return _create_container("container_attention", pretrained, **dict(model_args, **kwargs))
 

@@ -4,7 +4,7 @@ The manifest has one record per weights entry, under its timm name `architecture
 """
 
 import json
-from functools import lru_cache
+from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
@@ -15,7 +15,7 @@ __all__ = ["is_released", "manifest", "pretrained_cfg", "read", "resolve"]
 _PACKAGE = Path(__file__).parent
 
 
-@lru_cache(maxsize=None)
+@cache
 def manifest() -> Dict[str, Dict[str, Any]]:
     """The records of `weights_manifest.json`, by name."""
     inside = _PACKAGE / "weights_manifest.json"  # in a wheel; in a checkout it lies beside the package
@@ -54,8 +54,8 @@ def is_released(state_dict: Dict[str, Any]) -> bool:
 def read(path: Union[str, Path]) -> Dict[str, Any]:
     """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
 
-    Of a training checkpoint these are the averaged (EMA) weights where it has them, as in timm. Of a released checkpoint
-    they are those under `model`, which the authors evaluated; they never evaluated its `model_ema`.
+    Of a training checkpoint these are the averaged (EMA) weights where it has them, as in timm. Of a released
+    checkpoint they are those under `model`, which the authors evaluated; they never evaluated its `model_ema`.
 
     Args:
         path: The file.

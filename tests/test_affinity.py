@@ -1,4 +1,4 @@
-"""One matrix by three routes: the kernel (`forward`), the formula (`matrix`), and a one-hot probe that knows neither."""
+"""One matrix by three routes: the kernel (`forward`), the formula (`matrix`), and a one-hot probe of the kernel."""
 
 import itertools
 
@@ -47,8 +47,7 @@ def probe(affinity, x):
     """The matrix of every channel, column by column: the answer to a value map that is one at a single token."""
     tokens = x[0, 0].numel()
     columns = [
-        read(affinity, x, e.view(1, 1, *x.shape[-2:]).expand_as(x)).flatten(2)
-        for e in torch.eye(tokens, dtype=x.dtype)
+        read(affinity, x, e.view(1, 1, *x.shape[-2:]).expand_as(x)).flatten(2) for e in torch.eye(tokens, dtype=x.dtype)
     ]
     return torch.stack(columns, dim=-1)  # (B, C, N, N)
 
@@ -61,7 +60,9 @@ def test_kernel_equals_formula(name, grid):
     v = torch.randn_like(x)
     heads = affinity.matrix(x)
     assert heads.shape[1] == affinity.num_heads
-    expected = torch.einsum("bmij,bmdj->bmdi", heads.expand(2, -1, -1, -1), v.view(2, affinity.num_heads, -1, v[0, 0].numel()))
+    expected = torch.einsum(
+        "bmij,bmdj->bmdi", heads.expand(2, -1, -1, -1), v.view(2, affinity.num_heads, -1, v[0, 0].numel())
+    )
     torch.testing.assert_close(read(affinity, x, v), expected.reshape(v.shape), rtol=1e-10, atol=1e-12)
 
 
@@ -160,7 +161,7 @@ def test_token_matrix_starts_at_one_scale_whatever_its_rank(rank, std):
 @pytest.mark.parametrize("rank", [None, 4])
 @torch.no_grad()
 def test_token_matrix_resampled(rank):
-    """A smooth matrix keeps its answer to a smooth map on a finer, non-square grid; a constant is read as a constant."""
+    """A token goes on reading the same total weight when it has more tokens to read."""
     affinity = TokenMatrix(DIM, 2, (8, 8), rank)
     before = affinity.matrix(torch.empty(0)).sum(-1)
     smooth = torch.full((64, 64), 1 / 64)

@@ -25,7 +25,9 @@ CASES = {
     "light": lambda: dict(dynamic=SelfAttention(DIM, 4), static=DepthwiseConv(DIM), gate=ConvexGate()),
     "container": lambda: dict(dynamic=SelfAttention(DIM, 4), static=DepthwiseConv(DIM), gate=FreeGate()),
     "pam": lambda: dict(dynamic=SelfAttention(DIM, 4), static=TokenMatrix(DIM, 4, GRID)),
-    "heads that do not divide each other": lambda: dict(dynamic=SelfAttention(DIM, 4), static=TokenMatrix(DIM, 6, GRID)),
+    "heads that do not divide each other": lambda: dict(
+        dynamic=SelfAttention(DIM, 4), static=TokenMatrix(DIM, 6, GRID)
+    ),
     "context": lambda: dict(dynamic=GlobalContext(DIM), static=DepthwiseConv(DIM), gate=FreeGate()),
 }
 
@@ -64,7 +66,10 @@ def test_convex_gate_at_its_ends_gives_the_pure_cases():
         alone = Aggregation(DIM, **pure).double()
         alone.value, alone.proj = aggregation.value, aggregation.proj
         assert torch.equal(aggregation(x), alone(x))
-        assert torch.equal(aggregation.matrix(x), alone.matrix(x).repeat_interleave(DIM // alone.matrix(x).shape[1], 1).expand(2, -1, -1, -1))
+        assert torch.equal(
+            aggregation.matrix(x),
+            alone.matrix(x).repeat_interleave(DIM // alone.matrix(x).shape[1], 1).expand(2, -1, -1, -1),
+        )
 
 
 @torch.no_grad()

@@ -191,9 +191,11 @@ def test_token_matrices_are_tied_to_a_size_and_set_input_size_moves_them(name):
         model(images(1, 3, 96, 64))
     model.set_input_size((96, 67))
     assert model(images(1, 3, 96, 67)).shape == (1, 7)
-    assert timm.models.get_model_input_config(model)["input_size"] == (3, 96, 67) if hasattr(
-        timm.models, "get_model_input_config"
-    ) else True
+    assert (
+        timm.models.get_model_input_config(model)["input_size"] == (3, 96, 67)
+        if hasattr(timm.models, "get_model_input_config")
+        else True
+    )
     # A network built for the new size has the same keys and shapes.
     direct = timm.create_model(name, img_size=(96, 67), **SMALL)
     direct.load_state_dict(model.state_dict())
@@ -286,7 +288,9 @@ def test_layers_for_layer_decay_are_in_order(coarse):
     assert order == sorted(order) and blocks == sorted(blocks)
     assert len(set(blocks)) == (4 if coarse else 18)
     for i in (1, 2, 3):
-        assert index[f"stages.{i - 1}.blocks.0.norm1.weight"] < index[f"stages.{i}.downsample.proj.weight"] <= blocks[-1]
+        assert (
+            index[f"stages.{i - 1}.blocks.0.norm1.weight"] < index[f"stages.{i}.downsample.proj.weight"] <= blocks[-1]
+        )
 
 
 def test_weight_decay_exempts_what_the_release_exempts():
@@ -354,7 +358,9 @@ def test_exported(dynamic_export):
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
-@pytest.mark.filterwarnings("ignore::DeprecationWarning", "ignore::FutureWarning")  # torch's exporter warns about itself
+@pytest.mark.filterwarnings(
+    "ignore::DeprecationWarning", "ignore::FutureWarning"
+)  # torch's exporter warns about itself
 @torch.no_grad()
 def test_onnx(dynamic_export, tmp_path):
     import onnxruntime
@@ -472,7 +478,12 @@ def test_drop_rates_reach_their_layers():
 
 def test_stages_of_another_number():
     model = Container(
-        depths=(1, 1), embed_dims=(8, 16), patch_sizes=(4, 4), num_heads=2, dynamic=("context", "attention"), num_classes=3
+        depths=(1, 1),
+        embed_dims=(8, 16),
+        patch_sizes=(4, 4),
+        num_heads=2,
+        dynamic=("context", "attention"),
+        num_classes=3,
     )
     y = model(images(2, 3, 32, 48))
     y.sum().backward()
@@ -483,7 +494,9 @@ def test_stages_of_another_number():
 def test_pooling_of_choice():
     model = small(global_pool="catavgmax")
     x = images(2, 3, 64, 64)
-    assert model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size) == (2, 64)
+    assert (
+        model.forward_head(model.forward_features(x), pre_logits=True).shape == (2, model.head_hidden_size) == (2, 64)
+    )
     model.reset_classifier(3, "max")
     assert model.get_classifier().in_features == 32 and model(x).shape == (2, 3)
 
@@ -566,7 +579,9 @@ def test_released_checkpoint_with_other_channels_and_classes(released):
     assert load(path, in_chans=4, features_only=True)(images(1, 4, 64, 64))[0].shape == (1, 64, 16, 16)
 
 
-@pytest.mark.parametrize("wrap", [lambda s: s, lambda s: dict(model=s), lambda s: {f"module.{k}": v for k, v in s.items()}])
+@pytest.mark.parametrize(
+    "wrap", [lambda s: s, lambda s: dict(model=s), lambda s: {f"module.{k}": v for k, v in s.items()}]
+)
 def test_released_layout_bare_wrapped_or_parallel(released, wrap, tmp_path):
     state, _ = released
     torch.save(wrap(state), tmp_path / "weights.pth")
@@ -603,12 +618,14 @@ def test_authors_answers(tmp_path):
     # Our gradients under the released names: the same remap, with Q, K and V put together again.
     grads = {k: p.grad for k, p in model.named_parameters()}
     for key, norm in zip(golden["grad_keys"], golden["grad_norms"], strict=True):
-        ours = [grads.pop(k) for k in OUR_NAMES(str(key), grads)]
-        assert torch.cat([g.flatten() for g in ours]).norm().item() == pytest.approx(norm.item(), rel=0.01, abs=1e-6), key
+        ours = [grads.pop(k) for k in our_names(str(key), grads)]
+        assert torch.cat([g.flatten() for g in ours]).norm().item() == pytest.approx(norm.item(), rel=0.01, abs=1e-6), (
+            key
+        )
     assert not grads
 
 
-def OUR_NAMES(key, grads):
+def our_names(key, grads):
     """Where a released parameter went, found by pushing a marker through the loader's own remap."""
     from container.container import _from_released
 
@@ -648,7 +665,9 @@ def test_another_architecture_is_refused_and_nothing_is_half_loaded(tmp_path):
         torch.save(other, tmp_path / "other.pth")
         with pytest.raises(ValueError, match="checkpoint does not fit container_light_nano"):
             timm.models.load_checkpoint(
-                model, str(tmp_path / "other.pth"), filter_fn=importlib.import_module(Container.__module__).checkpoint_filter_fn
+                model,
+                str(tmp_path / "other.pth"),
+                filter_fn=importlib.import_module(Container.__module__).checkpoint_filter_fn,
             )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

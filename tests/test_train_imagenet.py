@@ -86,7 +86,7 @@ def test_folder(folder, tmp_path):
 
 
 def test_released_recipe_and_a_second_run_beside_the_first(folder, tmp_path, monkeypatch):
-    """RandAugment, mixup, cutmix and erasing run; an earlier run's folder is not touched; a size-bound model trains too."""
+    """Every augmentation runs, also on a size-bound model; an earlier run's folder is not touched."""
     monkeypatch.chdir(tmp_path)
     for model in ("container_light_nano", "container_mixer"):
         main(["--data-dir", str(folder), *SMALL, "--model", model, "--drop-path", "0.2"])
@@ -116,7 +116,18 @@ def test_cifar10(tmp_path):
                 archive.extract(member, tmp_path, filter="data")
             if len([c for c in count.values() if c == 20]) == 20:
                 break
-    arguments = ("--model", "container_light", "--img-size", "32", "--epochs", "1", "--batch-size", "50", "--workers", "1")
+    arguments = (
+        "--model",
+        "container_light",
+        "--img-size",
+        "32",
+        "--epochs",
+        "1",
+        "--batch-size",
+        "50",
+        "--workers",
+        "1",
+    )
     result = run("--data-dir", "cifar10", *arguments, cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "10 classes" in result.stdout and "200 images to train on, 200 to validate on" in result.stdout
@@ -135,7 +146,11 @@ def test_cifar10(tmp_path):
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
         (None, ["--pretrained", "--model", "container_light"], "have to be downloaded by hand"),
-        (None, ["--lr-base", "1e30", "--warmup-lr", "1e30", "--mixup", "0", "--cutmix", "0"], "loss is nan in epoch 1, step 2"),
+        (
+            None,
+            ["--lr-base", "1e30", "--warmup-lr", "1e30", "--mixup", "0", "--cutmix", "0"],
+            "loss is nan in epoch 1, step 2",
+        ),
         (None, ["--nonsense"], "unrecognized arguments: --nonsense"),
     ],
 )

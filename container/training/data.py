@@ -18,8 +18,8 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
-# RandAugment m9-mstd0.5-inc1, the released recipe, keeps no bit in one of 500 images or so. Pillow made that one black until
-# version 13, which refuses: with timm's own operation a run then dies in the first epoch.
+# RandAugment m9-mstd0.5-inc1, the released recipe, keeps no bit of one image in some hundreds. Pillow made it black
+# until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
 NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
 
 _TRAIN_FOLDERS = ("train",)
