@@ -1,5 +1,6 @@
 """`python -m container SCRIPT ...` runs a timm script (train.py, validate.py, ...) with the models registered."""
 
+import os
 import runpy
 import sys
 
@@ -9,12 +10,9 @@ def main() -> None:
     if len(sys.argv) < 2:
         raise SystemExit("usage: python -m container SCRIPT [ARGUMENT ...]")
     del sys.argv[0]
-    try:
-        runpy.run_path(sys.argv[0], run_name="__main__")
-    except FileNotFoundError as error:
-        if error.filename != sys.argv[0]:
-            raise
-        raise SystemExit(f"no script at {sys.argv[0]}") from None
+    if not os.path.isfile(sys.argv[0]):
+        raise SystemExit(f"no script at {sys.argv[0]}")
+    runpy.run_path(sys.argv[0], run_name="__main__")
 
 
 if __name__ == "__main__":

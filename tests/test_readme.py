@@ -1,0 +1,57 @@
+"""The README says what is so: its code runs, its numbers are the models', its commands are those of CI."""
+
+import re
+
+import pytest
+import reference
+import timm
+import torch
+from conftest import ROOT
+from torch.utils.flop_counter import FlopCounterMode
+
+import container
+
+README = (ROOT / "README.md").read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_code(code, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    torch.save(dict(model=reference.random_state(0)), "container_light.pth")
+    scope = {}
+    exec(code, scope)
+    printed = capsys.readouterr().out
+    assert printed == "".join(line + "\n" for line in re.findall(r"^# (.*)$", code, re.MULTILINE))
+    for name, shape in re.findall(r"^(\w) = .*# (\([\d, ]+\))", code, re.MULTILINE):
+        assert str(tuple(scope[name].shape)) == shape
+
+
+ROWS = re.findall(r"^\| `(container\w*)` .*\| ([\d.]+) M \| ([\d.]+) \|$", README, re.MULTILINE)
+
+
+@pytest.mark.parametrize("name, params, gmacs", ROWS)
+def test_tables(name, params, gmacs):
+    model = timm.create_model(name, device="meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *model.default_cfg["input_size"], device="meta"))
+    assert f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f}" == params
+    assert f"{counter.get_total_flops() / 2e9:.2f}" == gmacs
+
+
+def test_every_member_is_in_a_table():
+    named = set(re.findall(r"`(container\w*)`", README)) | {
+        "container" + suffix for suffix in re.findall(r"`(_\w+)`", README)
+    }
+    assert set(timm.list_models("container*")) <= named
+    assert {name for name, *_ in ROWS} == set(timm.list_models("container*"))
+
+
+def test_commands_are_those_of_ci():
+    commands = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+    assert 'pip install -e ".[test]" && pytest -n 2' in commands
+    assert "\npytest -n 2\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_version_is_one():
+    assert f"version: {container.__version__}" in (ROOT / "CITATION.cff").read_text()
+    assert f"## {container.__version__}" in (ROOT / "CHANGELOG.md").read_text()
