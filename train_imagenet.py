@@ -99,8 +99,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for."""
-    size = {}
-    if args.img_size is not None and get_pretrained_cfg(args.model).fixed_input_size:
+    size, cfg = {}, get_pretrained_cfg(args.model)
+    if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
         size = dict(img_size=args.img_size)  # others take any size, and some no such argument
     return timm.create_model(
         args.model, pretrained=args.pretrained, num_classes=num_classes, drop_path_rate=args.drop_path, **size
@@ -142,8 +142,9 @@ def evaluate(task: ClassificationTask, loader: PrefetchLoader) -> Dict[str, floa
     """Loss, top-1 and top-5 (in percent) over the validation data."""
     task.eval()
     evaluator = task.create_evaluator()
+    model: Any = task.get_eval_model()
     for images, targets in loader:
-        evaluator.update(task.get_eval_model()(images), targets)
+        evaluator.update(model(images), targets)
     return evaluator.compute()
 
 
@@ -160,6 +161,7 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
     random_seed(args.seed)
     try:
         train_set: Any
+        val_set: Any
         if args.data_dir is None:
             train_set, val_set, num_classes = Digits(train=True), Digits(train=False), Digits.num_classes
         else:

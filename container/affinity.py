@@ -38,7 +38,7 @@ class SelfAttention(nn.Module):
 
     A(x)_m = softmax(Q_m K_m^T / sqrt(D)), with Q and K 1x1 projections of x. Rows sum to one.
 
-    Source: paper, section 3.2 (A_sa); the released code has it in the last stage of CONTAINER-LIGHT.
+    Source: paper (A_sa); the released code has it in the last stage of CONTAINER-LIGHT.
     Cost: O(N C^2) for the projections, O(N^2 C) for the product; memory O(N C) with a fused kernel.
 
     Args:
@@ -101,7 +101,7 @@ class DepthwiseConv(nn.Module):
     A trained convolution also adds a bias after A V. It is no part of `matrix`; the gate scales it with beta, as in the
     released code. So `forward(x, v) - forward(x, 0)` is A v.
 
-    Source: paper, section 3.2 (A_conv); the released code has it, 5x5, in every block of CONTAINER-LIGHT.
+    Source: paper (A_conv); the released code has it, 5x5, in every block of CONTAINER-LIGHT.
     Cost: O(N C k^2); parameters C (k^2 + 1).
 
     Args:
@@ -158,7 +158,7 @@ class TokenMatrix(nn.Module):
     A_m = L_m, or A_m = L_m R_m of rank r where N is so large that N x N parameters are too many.
     One head is the (linear) token mixing of MLP-Mixer; several are its multi-head form and the table of CONTAINER-PAM.
 
-    Source: paper, section 3.2 (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal).
+    Source: paper (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal).
     Cost: O(N^2 C) and M N^2 parameters dense; O(N r C) and 2 M N r parameters with rank r.
 
     Note: the paper's tables are dense; the low rank is ours, so that the family can have one at a 56x56 grid.

@@ -39,7 +39,7 @@ class ConvexGate(nn.Module):
 class FreeGate(nn.Module):
     """Mixes two affinities by two free scalars, alpha and beta.
 
-    Source: paper, section 3.3 ("learnable parameters").
+    Source: paper (alpha and beta are learnable parameters).
     Note: the paper's initial values are not known to us; both start at one half, as in the released code.
 
     Args:
@@ -71,7 +71,7 @@ class Aggregation(nn.Module):
     A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`, alpha and beta come from `gate`. Both affinities read
     the same V, so mixing their outputs equals mixing their matrices, and running it forms no N x N.
 
-    Source: paper, section 3.3. Cost: O(N C^2) for the projections, plus that of the affinities.
+    Source: paper, its central equation. Cost: O(N C^2) for the projections, plus that of the affinities.
 
     Args:
         dim: Channels C.
@@ -145,7 +145,7 @@ class Block(nn.Module):
 
     The last two steps are dropped per image with probability `drop_path` in training; the first never is.
 
-    Source: released code only (the paper's figure leaves out `pos_conv`, the residual depthwise 3x3).
+    Source: released code only.
     Cost: O(N C^2 (2 + 2 mlp_ratio)), plus that of the affinities.
 
     Args:

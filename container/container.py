@@ -6,7 +6,6 @@ Released code (one model, CONTAINER-LIGHT): https://github.com/allenai/container
 Written from the paper's formulas and the released layout of weights; no code is taken from the release.
 """
 
-import re
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union
 
@@ -27,6 +26,7 @@ from timm.layers import (
 from timm.models import (
     build_model_with_cfg,
     checkpoint_seq,
+    clean_state_dict,
     generate_default_cfgs,
     register_model,
 )
@@ -171,7 +171,7 @@ class Container(nn.Module):
     Takes any image size from 32 x 32 up (the stem's patch, really), square or not, odd or even, unless a stage holds a
     `TokenMatrix`: that one is tied to `img_size`, see `set_input_size`.
 
-    Source: paper, section 3; everything between the affinities (stem, norms, `pos_conv`, head) from the released code.
+    Source: paper (the aggregation); everything around it (stem, norms, `pos_conv`, head) from the released code.
     Note: the release drops out after the stem too; here `drop_rate` acts before the classifier, as timm has it.
 
     Args:
@@ -471,35 +471,6 @@ def _grid(img_size: Union[int, Tuple[int, int]], strides: Sequence[int]) -> Tupl
     return height, width
 
 
-# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
-# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
-_RELEASED_NAMES = (
-    (r"^patch_embed1\.", "stem."),
-    *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
-    *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
-    (r"\.pos_embed\.", ".pos_conv."),
-    (r"\.(attn|conv)\.", ".aggregation.static.conv."),
-    (r"\.conv1\.", ".aggregation.value."),
-    (r"\.conv2\.", ".aggregation.proj."),
-    (r"\.sa_weight$", ".aggregation.gate.logit"),
-    (r"^head\.", "head.fc."),
-)
-
-
-def _from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The released layout of CONTAINER-LIGHT in our names."""
-    renamed = {}
-    for key, tensor in state_dict.items():
-        mixed = key.partition(".conv1.")[0] + ".sa_weight" in state_dict
-        for pattern, name in _RELEASED_NAMES:
-            key = re.sub(pattern, name, key)
-        if mixed and ".aggregation.value." in key:
-            q, k, tensor = tensor.chunk(3)
-            renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
-        renamed[key] = tensor
-    return renamed
-
-
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """Makes a checkpoint fit a model, or refuses it before anything is loaded.
 
@@ -519,8 +490,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
+    state_dict = clean_state_dict(state_dict)  # the prefixes of DDP and torch.compile
     if weights.is_released(state_dict):
-        state_dict = _from_released(state_dict)
+        state_dict = weights.from_released(state_dict)
 
     for name, module in model.named_modules():
         left, right = f"{name}.left", f"{name}.right"

@@ -4,13 +4,16 @@ The manifest has one record per weights entry, under its timm name `architecture
 """
 
 import json
+import re
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
+import torch
 from timm.models import load_state_dict, resolve_pretrained_cfg
+from torch import Tensor
 
-__all__ = ["is_released", "manifest", "pretrained_cfg", "read", "resolve"]
+__all__ = ["from_released", "is_released", "manifest", "pretrained_cfg", "read", "resolve"]
 
 _PACKAGE = Path(__file__).parent
 
@@ -46,9 +49,45 @@ def pretrained_cfg(name: str) -> Dict[str, Any]:
     )
 
 
+# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
+# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
+_RELEASED_NAMES = (
+    (r"^patch_embed1\.", "stem."),
+    *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
+    *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
+    (r"\.pos_embed\.", ".pos_conv."),
+    (r"\.(attn|conv)\.", ".aggregation.static.conv."),
+    (r"\.conv1\.", ".aggregation.value."),
+    (r"\.conv2\.", ".aggregation.proj."),
+    (r"\.sa_weight$", ".aggregation.gate.logit"),
+    (r"^head\.", "head.fc."),
+)
+
+
 def is_released(state_dict: Dict[str, Any]) -> bool:
     """Whether a state dict is in the layout of the authors' release."""
-    return "patch_embed1.proj.weight" in state_dict
+    return any(key.startswith("patch_embed1.") for key in state_dict)
+
+
+def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The released layout of CONTAINER-LIGHT in our names.
+
+    Args:
+        state_dict: The weights under `model` in the released file.
+
+    Returns:
+        The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
+    """
+    renamed = {}
+    for key, tensor in state_dict.items():
+        mixed = key.partition(".conv1.")[0] + ".sa_weight" in state_dict
+        for pattern, name in _RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        if mixed and ".aggregation.value." in key:
+            q, k, tensor = tensor.chunk(3)
+            renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
+        renamed[key] = tensor
+    return renamed
 
 
 def read(path: Union[str, Path]) -> Dict[str, Any]:

@@ -19,6 +19,8 @@ from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from container import Aggregation, Container, SelfAttention
+from container.container import checkpoint_filter_fn
+from container.weights import from_released
 
 NAMES = timm.list_models("container*")
 FIXED = [n for n in NAMES if timm.get_pretrained_cfg(n).fixed_input_size]
@@ -586,6 +588,9 @@ def test_released_layout_bare_wrapped_or_parallel(released, wrap, tmp_path):
     state, _ = released
     torch.save(wrap(state), tmp_path / "weights.pth")
     assert torch.equal(load(tmp_path / "weights.pth").head.fc.weight, state["head.weight"])
+    # As timm hands over a download: nothing taken off.
+    filtered = checkpoint_filter_fn(wrap(state), timm.create_model("container_light", device="meta"))
+    assert torch.equal(filtered["head.fc.weight"], state["head.weight"])
 
 
 def test_weights_are_held_once(released):
@@ -627,11 +632,9 @@ def test_authors_answers(tmp_path):
 
 def our_names(key, grads):
     """Where a released parameter went, found by pushing a marker through the loader's own remap."""
-    from container.container import _from_released
-
     marked = dict.fromkeys(reference.layout(), torch.zeros(3))
     marked[key] = torch.ones(3)
-    return [k for k, v in _from_released(marked).items() if v.any() and k in grads]
+    return [k for k, v in from_released(marked).items() if v.any() and k in grads]
 
 
 # Checkpoints that do not fit
@@ -667,7 +670,7 @@ def test_another_architecture_is_refused_and_nothing_is_half_loaded(tmp_path):
             timm.models.load_checkpoint(
                 model,
                 str(tmp_path / "other.pth"),
-                filter_fn=importlib.import_module(Container.__module__).checkpoint_filter_fn,
+                filter_fn=checkpoint_filter_fn,
             )
     assert all(torch.equal(v, before[k]) for k, v in model.state_dict().items())
 

@@ -36,7 +36,9 @@ def test_default_cfg_is_the_record():
 
 def test_weights_that_have_to_be_fetched_by_hand():
     for name in ("container_light", NAME):
-        with pytest.raises(RuntimeError, match="downloaded by hand.*get https://drive.google.com/.* and pass pretrained"):
+        with pytest.raises(
+            RuntimeError, match=r"downloaded by hand.*get https://drive.google.com/.* and pass pretrained"
+        ):
             timm.create_model(name, pretrained=True, device="meta")
 
 
@@ -48,7 +50,7 @@ def test_weights_that_do_not_exist():
 
 
 def test_a_missing_file():
-    with pytest.raises(FileNotFoundError, match="no checkpoint at nowhere.pth"):
+    with pytest.raises(FileNotFoundError, match=r"no checkpoint at nowhere\.pth"):
         timm.create_model("container_light", pretrained=True, pretrained_cfg_overlay=dict(file="nowhere.pth"))
 
 
