@@ -15,6 +15,7 @@ class ConvexGate(nn.Module):
 
     s starts at 0, so both start at one half.
     Source: released code only (one scalar per block, shared by all heads).
+    Note: the paper has two free scalars instead, `FreeGate`.
 
     Args:
         device: Device of the parameter.
