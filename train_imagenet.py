@@ -103,7 +103,11 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
         size = dict(img_size=args.img_size)  # others take any size, and some no such argument
     return timm.create_model(
-        args.model, pretrained=args.pretrained, num_classes=num_classes, drop_path_rate=args.drop_path, **size
+        args.model,
+        pretrained=args.pretrained,
+        num_classes=num_classes,
+        drop_path_rate=args.drop_path or None,  # timm drops a None, for models that have no such argument
+        **size,
     ).to(args.device)
 
 
@@ -169,7 +173,7 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
         if len(train_set) < args.batch_size:
             raise ValueError(f"a batch of {args.batch_size} for {len(train_set)} training images")
         model = build_model(args, num_classes)
-    except (AssertionError, ImportError, OSError, RuntimeError, ValueError) as error:
+    except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"train_imagenet.py: {error}") from None
 
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))

@@ -14,6 +14,7 @@ import torch.nn.functional as F
 from conftest import randomize, shared
 from timm.layers import set_fused_attn
 from timm.models import save_for_hf
+from timm.models._input import get_model_input_config
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
@@ -193,11 +194,7 @@ def test_token_matrices_are_tied_to_a_size_and_set_input_size_moves_them(name):
         model(images(1, 3, 96, 64))
     model.set_input_size((96, 67))
     assert model(images(1, 3, 96, 67)).shape == (1, 7)
-    assert (
-        timm.models.get_model_input_config(model)["input_size"] == (3, 96, 67)
-        if hasattr(timm.models, "get_model_input_config")
-        else True
-    )
+    assert get_model_input_config(model)["input_size"] == (3, 96, 67)
     # A network built for the new size has the same keys and shapes.
     direct = timm.create_model(name, img_size=(96, 67), **SMALL)
     direct.load_state_dict(model.state_dict())
