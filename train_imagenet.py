@@ -4,7 +4,7 @@
     python train_imagenet.py                                                  # a small model on handwritten digits
     python train_imagenet.py --data-dir imagenet --model container_light      # DIR/train/CLASS/*, DIR/val/CLASS/*
 
-Defaults are the released recipe of CONTAINER-LIGHT (DeiT's) as far as one process goes, and DIGITS below without data.
+Defaults are the released recipe of CONTAINER-LIGHT (DeiT's) as far as one process goes; the digits have their own.
 """
 
 import argparse
@@ -49,16 +49,20 @@ DIGITS = dict(
 )
 
 
+class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
+    """Shows defaults, and the file's docstring as it stands."""
+
+
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     """Reads the command line; without `--data-dir` the defaults are those of DIGITS.
 
     Args:
         argv: Arguments, or None for those of the process.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", help="folder with train/CLASS/* and val/CLASS/*; without it, scikit-learn's digits")
-    data.add_argument("--img-size", type=int, help="side of the images (default: the model's)")
+    data.add_argument("--img-size", type=int, help="side of the images, None for the model's own")
     data.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load data")
     model = parser.add_argument_group("model")
     model.add_argument("--model", default="container_light", help="a timm model name")
@@ -68,24 +72,25 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     run.add_argument(
         "--output", default="output", help="new folder for checkpoints, log and picture (-1, -2, ... if taken)"
     )
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
-    run.add_argument("--seed", type=int, default=0)
-    run.add_argument("--epochs", type=int, default=300)
-    run.add_argument("--batch-size", type=int, default=128)
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    run.add_argument("--device", default=device, help="where to train")
+    run.add_argument("--seed", type=int, default=0, help="of weights, shuffling and augmentation")
+    run.add_argument("--epochs", type=int, default=300, help="passes over the training images")
+    run.add_argument("--batch-size", type=int, default=128, help="images per step")
     optim = parser.add_argument_group("optimization (AdamW, cosine)")
     optim.add_argument("--lr-base", type=float, default=5e-4, help="learning rate for 512 images, scaled linearly")
-    optim.add_argument("--weight-decay", type=float, default=0.05)
-    optim.add_argument("--warmup-epochs", type=int, default=5)
-    optim.add_argument("--warmup-lr", type=float, default=1e-6)
-    optim.add_argument("--min-lr", type=float, default=1e-5)
+    optim.add_argument("--weight-decay", type=float, default=0.05, help="of what has two dimensions or more")
+    optim.add_argument("--warmup-epochs", type=int, default=5, help="epochs of rising learning rate")
+    optim.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate of the first step")
+    optim.add_argument("--min-lr", type=float, default=1e-5, help="learning rate of the last step")
     optim.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random crop")
     augment.add_argument("--hflip", type=float, default=0.5, help="probability of a mirror image")
     augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy of timm")
     augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    augment.add_argument("--mixup", type=float, default=0.8)
-    augment.add_argument("--cutmix", type=float, default=1.0)
+    augment.add_argument("--mixup", type=float, default=0.8, help="alpha of mixup, 0 for none")
+    augment.add_argument("--cutmix", type=float, default=1.0, help="alpha of cutmix, 0 for none")
     if parser.parse_args(argv).data_dir is None:
         parser.set_defaults(**DIGITS)
     args = parser.parse_args(argv)
