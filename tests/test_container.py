@@ -12,7 +12,7 @@ import timm
 import torch
 import torch.nn.functional as F
 from conftest import randomize, shared
-from timm.layers import set_fused_attn
+from timm.layers import make_divisible, set_fused_attn
 from timm.models import save_for_hf
 from timm.models._input import get_model_input_config
 from timm.models._manipulate import group_parameters
@@ -74,6 +74,12 @@ def test_size_and_cost(name, params, gmacs):
     with FlopCounterMode(display=False) as counter:
         model(torch.empty(1, 3, 224, 224, device="meta"))
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=2e-4 if gmacs == 3.848 else 3e-3)
+
+
+@pytest.mark.parametrize("name, width", [("nano", 1 / 4), ("tiny", 9 / 16), ("base", 25 / 16)])
+def test_scaling_rule(name, width):
+    model = timm.create_model(f"container_light_{name}", device="meta")
+    assert [f["num_chs"] for f in model.feature_info] == [make_divisible(width * dim, 8) for dim in (64, 128, 320, 512)]
 
 
 AFFINITIES = {
