@@ -1,10 +1,11 @@
 #!/usr/bin/env python
 """Trains a CONTAINER, or any other timm model, on a folder of images.
 
-    python train_imagenet.py                                                  # a small model on handwritten digits
-    python train_imagenet.py --data-dir imagenet --model container_light      # DIR/train/CLASS/*, DIR/val/CLASS/*
+    python train_imagenet.py                                        # a small model on handwritten digits
+    python train_imagenet.py --data-dir imagenet                    # DIR/train/CLASS/*, DIR/val/CLASS/*
+    torchrun --nproc_per_node=8 train_imagenet.py --data-dir imagenet --model container_light
 
-Defaults are the released recipe of CONTAINER-LIGHT (DeiT's) as far as one process goes; the digits have their own.
+Settings come from recipes/NAME.yaml: `digits` without --data-dir, else `paper`, or --recipe NAME. Flags override them.
 """
 
 import argparse
@@ -17,6 +18,7 @@ from typing import Any, Dict, Optional, Sequence
 
 import timm
 import torch
+import torch.distributed as dist
 import yaml
 from timm.data import FastCollateMixup, create_loader, resolve_model_data_config
 from timm.data.loader import PrefetchLoader
@@ -25,84 +27,83 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import create_scheduler_v2
 from timm.scheduler.scheduler import Scheduler
 from timm.task import ClassificationTask
-from timm.utils import AverageMeter, CheckpointSaver, get_outdir, random_seed, update_summary
+from timm.task.evaluator import evaluation_sample_limit
+from timm.utils import (
+    AverageMeter,
+    CheckpointSaver,
+    distribute_bn,
+    get_outdir,
+    random_seed,
+    reduce_tensor,
+    unwrap_model,
+    update_summary,
+)
 from tqdm import tqdm
 
 import container  # noqa: F401  registers the models
-from container.training import Digits, create_datasets, plot_curves
+from container.training import Digits, create_datasets, join_group, parse_with_recipe, plot_curves
 
-# 1,437 images of 32 x 32 seen 12 times: gentle crops, no mirror images (a mirrored 2 is no 2), no mixing.
-DIGITS = dict(
-    model="container_light_nano_32",
-    epochs=12,
-    batch_size=32,
-    lr_base=0.02,
-    warmup_epochs=2,
-    drop_path=0.0,
-    scale=[0.6, 1.0],
-    hflip=0.0,
-    aa=None,
-    reprob=0.0,
-    mixup=0.0,
-    cutmix=0.0,
-    workers=0,
-)
-
-
-class HelpFormatter(argparse.ArgumentDefaultsHelpFormatter, argparse.RawDescriptionHelpFormatter):
-    """Shows defaults, and the file's docstring as it stands."""
+RECIPES = Path(__file__).parent / "recipes"
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
-    """Reads the command line; without `--data-dir` the defaults are those of DIGITS.
+    """Reads the recipe and the command line.
 
     Args:
         argv: Arguments, or None for those of the process.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=HelpFormatter)
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    run = parser.add_argument_group("run")
+    run.add_argument("--recipe", help="settings: a name in recipes/")
+    run.add_argument("--output", default="output", help="new folder for all that a run leaves (-1, -2, ... if taken)")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
+    run.add_argument("--seed", type=int, default=0, help="of weights, shuffling and augmentation")
+    run.add_argument("--epochs", type=int, help="passes over as many images as there are")
+    run.add_argument("--batch-size", type=int, help="images per step and process")
     data = parser.add_argument_group("data")
     data.add_argument("--data-dir", help="folder with train/CLASS/* and val/CLASS/*; without it, scikit-learn's digits")
-    data.add_argument("--img-size", type=int, help="side of the images, None for the model's own")
-    data.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="processes that load data")
+    data.add_argument("--img-size", type=int, help="side of the images, if not the model's own")
+    data.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loaders of data per process")
     model = parser.add_argument_group("model")
-    model.add_argument("--model", default="container_light", help="a timm model name")
+    model.add_argument("--model", help="a timm model name")
     model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
-    model.add_argument("--drop-path", type=float, default=0.1, help="stochastic depth of the last block")
-    run = parser.add_argument_group("run")
-    run.add_argument(
-        "--output", default="output", help="new folder for checkpoints, log and picture (-1, -2, ... if taken)"
-    )
-    device = "cuda" if torch.cuda.is_available() else "cpu"
-    run.add_argument("--device", default=device, help="where to train")
-    run.add_argument("--seed", type=int, default=0, help="of weights, shuffling and augmentation")
-    run.add_argument("--epochs", type=int, default=300, help="passes over the training images")
-    run.add_argument("--batch-size", type=int, default=128, help="images per step")
+    model.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
+    model.add_argument("--ema-decay", type=float, help="decay per step of averaged weights, kept and evaluated as well")
+    model.add_argument("--best", choices=("model", "ema"), help="whose accuracy says which checkpoint is the best")
     optim = parser.add_argument_group("optimization (AdamW, cosine)")
-    optim.add_argument("--lr-base", type=float, default=5e-4, help="learning rate for 512 images, scaled linearly")
-    optim.add_argument("--weight-decay", type=float, default=0.05, help="of what has two dimensions or more")
-    optim.add_argument("--warmup-epochs", type=int, default=5, help="epochs of rising learning rate")
-    optim.add_argument("--warmup-lr", type=float, default=1e-6, help="learning rate of the first step")
-    optim.add_argument("--min-lr", type=float, default=1e-5, help="learning rate of the last step")
-    optim.add_argument("--smoothing", type=float, default=0.1, help="label smoothing")
+    optim.add_argument("--lr-base", type=float, help="learning rate for 512 images in a step, scaled linearly")
+    optim.add_argument("--weight-decay", type=float, help="of what has two dimensions or more")
+    optim.add_argument("--warmup-epochs", type=int, help="epochs of rising learning rate")
+    optim.add_argument("--warmup-lr", type=float, help="learning rate of the first step")
+    optim.add_argument("--min-lr", type=float, help="learning rate of the last step")
+    optim.add_argument(
+        "--sched-on-updates", action=argparse.BooleanOptionalAction, help="new rate every step, not epoch"
+    )
+    optim.add_argument("--smoothing", type=float, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--scale", type=float, nargs=2, default=[0.08, 1.0], help="area of a random crop")
-    augment.add_argument("--hflip", type=float, default=0.5, help="probability of a mirror image")
-    augment.add_argument("--aa", default="rand-m9-mstd0.5-inc1", help="auto-augment policy of timm")
-    augment.add_argument("--reprob", type=float, default=0.25, help="probability of random erasing")
-    augment.add_argument("--mixup", type=float, default=0.8, help="alpha of mixup, 0 for none")
-    augment.add_argument("--cutmix", type=float, default=1.0, help="alpha of cutmix, 0 for none")
-    if parser.parse_args(argv).data_dir is None:
-        parser.set_defaults(**DIGITS)
-    args = parser.parse_args(argv)
+    augment.add_argument("--scale", type=float, nargs=2, help="area of a random crop")
+    augment.add_argument("--hflip", type=float, help="probability of a mirror image")
+    augment.add_argument("--aa", help="auto-augment policy of timm, '' for none")
+    augment.add_argument("--aug-repeats", type=int, help="augmented copies of an image in one epoch, 0 for one of each")
+    augment.add_argument("--reprob", type=float, help="probability of random erasing")
+    augment.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none")
+    augment.add_argument("--cutmix", type=float, help="alpha of cutmix, 0 for none")
+
+    given = parser.parse_args(argv)
+    recipe = given.recipe or ("digits" if given.data_dir is None else "paper")
+    args = parse_with_recipe(parser, argv, RECIPES, recipe)
+    args.recipe = recipe
     for name in ("epochs", "batch_size", "img_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    if args.best == "ema" and not args.ema_decay:
+        parser.error("--best ema needs --ema-decay")
     if not timm.is_model(args.model):
         parser.error(f"unknown model {args.model}; this package has {', '.join(timm.list_models('container*'))}")
     return args
 
 
-def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
+def build_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for."""
     size, cfg = {}, get_pretrained_cfg(args.model)
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
@@ -113,7 +114,7 @@ def build_model(args: argparse.Namespace, num_classes: int) -> torch.nn.Module:
         num_classes=num_classes,
         drop_path_rate=args.drop_path or None,  # timm drops a None, for models that have no such argument
         **size,
-    ).to(args.device)
+    ).to(device)
 
 
 def train_one_epoch(
@@ -139,34 +140,42 @@ def train_one_epoch(
             raise FloatingPointError(f"loss is {value} in epoch {epoch + 1}, step {step + 1}, at lr {lr:.2e}")
         loss.backward()
         optimizer.step()
+        task.update_ema()
         scheduler.step_update(epoch * len(loader) + step + 1)
         losses.update(value, len(images))
-        bar.update(len(images))
+        bar.update(len(images) * dist.get_world_size())
         bar.set_postfix(epoch=epoch + 1, loss=f"{losses.avg:.3f}", refresh=False)
-    return dict(loss=losses.avg)
+    scheduler.step(epoch + 1)
+    if dist.get_world_size() > 1:  # each process has normed by its own images
+        distribute_bn(unwrap_model(task.get_trainable_module()), dist.get_world_size(), reduce=True)
+    return dict(loss=reduce_tensor(torch.tensor(losses.avg, device=task.device), dist.get_world_size()).item())
 
 
 @torch.inference_mode()
-def evaluate(task: ClassificationTask, loader: PrefetchLoader) -> Dict[str, float]:
-    """Loss, top-1 and top-5 (in percent) over the validation data."""
+def evaluate(task: ClassificationTask, loader: PrefetchLoader, ema: bool = False) -> Dict[str, float]:
+    """Loss, top-1 and top-5 (in percent) over the validation data, of the model or of its averaged weights."""
     task.eval()
-    evaluator = task.create_evaluator()
-    model: Any = task.get_eval_model()
+    evaluator = task.create_evaluator(max_samples=evaluation_sample_limit(loader))
+    model: Any = unwrap_model(task.get_eval_model(ema=ema))  # every process has its own share, and DDP nothing to do
     for images, targets in loader:
         evaluator.update(model(images), targets)
-    return evaluator.compute()
+    return evaluator.compute(distributed=dist.get_world_size() > 1)
 
 
-def main(argv: Optional[Sequence[str]] = None) -> float:
+def train(args: argparse.Namespace, device: torch.device) -> float:
     """Trains, evaluates after every epoch, and leaves checkpoints, `summary.csv`, `args.yaml` and `curves.png`.
 
     Args:
-        argv: Arguments, or None for those of the process.
+        args: As `parse_args` returns them.
+        device: This process's.
 
     Returns:
         Validation top-1 of the last epoch, in percent.
+
+    Raises:
+        SystemExit: Data or model do not fit, or the loss is not finite: one line that says how.
     """
-    args = parse_args(argv)
+    rank, world = dist.get_rank(), dist.get_world_size()
     random_seed(args.seed)
     try:
         train_set: Any
@@ -175,23 +184,25 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
             train_set, val_set, num_classes = Digits(train=True), Digits(train=False), Digits.num_classes
         else:
             train_set, val_set, num_classes = create_datasets(args.data_dir)
-        if len(train_set) < args.batch_size:
-            raise ValueError(f"a batch of {args.batch_size} for {len(train_set)} training images")
-        model = build_model(args, num_classes)
+        if len(train_set) < args.batch_size * world:
+            raise ValueError(f"a step of {world} x {args.batch_size} for {len(train_set)} training images")
+        model = build_model(args, num_classes, device)
     except (AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError) as error:
         raise SystemExit(f"train_imagenet.py: {error}") from None
+    random_seed(args.seed, rank)  # the same weights everywhere, but not the same augmentation
 
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
-    size, mean, std = config["input_size"], config["mean"], config["std"]
+    size = config["input_size"]
     common: Dict[str, Any] = dict(
         input_size=size,
         batch_size=args.batch_size,
         interpolation=config["interpolation"],
-        mean=mean,
-        std=std,
+        mean=config["mean"],
+        std=config["std"],
         num_workers=args.workers,
-        device=torch.device(args.device),
-        pin_memory=args.device.startswith("cuda"),
+        distributed=True,
+        device=device,
+        pin_memory=device.type == "cuda",
     )
     mixup = None
     if args.mixup or args.cutmix:
@@ -202,6 +213,7 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
         scale=args.scale,
         hflip=args.hflip,
         auto_augment=args.aa,
+        num_aug_repeats=args.aug_repeats,
         re_prob=args.reprob,
         re_mode="pixel",
         collate_fn=mixup,
@@ -210,49 +222,80 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
     val_loader = create_loader(val_set, crop_pct=config["crop_pct"], **common)
 
     criterion = dict(soft_targets=True) if mixup else dict(smoothing=args.smoothing)
-    task = ClassificationTask(model, criterion_kwargs=criterion, device=torch.device(args.device), verbose=False)
-    optimizer = create_optimizer_v2(
-        model, opt="adamw", lr=args.lr_base * args.batch_size / 512, weight_decay=args.weight_decay
-    )
+    task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
+    lr = args.lr_base * args.batch_size * world / 512
+    optimizer = create_optimizer_v2(model, opt="adamw", lr=lr, weight_decay=args.weight_decay)
     scheduler, _ = create_scheduler_v2(
         optimizer,
         num_epochs=args.epochs,
         warmup_epochs=min(args.warmup_epochs, args.epochs - 1),
         warmup_lr=args.warmup_lr,
         min_lr=args.min_lr,
-        step_on_epochs=False,
+        step_on_epochs=not args.sched_on_updates,
         updates_per_epoch=len(train_loader),
     )
-    output = Path(get_outdir(args.output, inc=True))
-    (output / "args.yaml").write_text(yaml.safe_dump(vars(args)))
-    summary, curves = output / "summary.csv", output / "curves.png"
-    saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(output), max_history=2, task=task)
+    if args.ema_decay:
+        task.setup_ema(decay=args.ema_decay)
+    if world > 1:
+        task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
 
-    params = sum(p.numel() for p in model.parameters())
-    print(
-        f"{args.model}: {params / 1e6:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]} on {args.device}"
-    )
-    print(f"{len(train_set)} images to train on, {len(val_set)} to validate on, {args.epochs} epochs")
+    if rank == 0:
+        output = Path(get_outdir(args.output, inc=True))
+        (output / "args.yaml").write_text(yaml.safe_dump(vars(args)))
+        summary, curves = output / "summary.csv", output / "curves.png"
+        saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(output), max_history=2, task=task)
+        params = sum(p.numel() for p in model.parameters()) / 1e6
+        print(f"{args.model}: {params:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]}")
+        print(f"{len(train_set)} images to train on, {len(val_set)} to validate on")
+        print(
+            f"recipe {args.recipe}: {args.epochs} epochs, {world} x {args.batch_size} images a step, on {device.type}"
+        )
+
     start = time.time()
-    images = args.epochs * len(train_loader) * args.batch_size
+    images = args.epochs * len(train_loader) * args.batch_size * world
+    refresh = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
     metrics: Dict[str, float] = {}
     try:
-        refresh = 0.5 if sys.stderr.isatty() else 30.0  # seconds; a log file needs few lines
-        with tqdm(total=images, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=refresh) as bar:
+        with tqdm(
+            total=images, unit="img", unit_scale=True, dynamic_ncols=True, mininterval=refresh, disable=rank > 0
+        ) as bar:
             for epoch in range(args.epochs):
+                train_loader.sampler.set_epoch(epoch)
                 losses = train_one_epoch(task, train_loader, optimizer, scheduler, epoch, bar)
                 metrics = evaluate(task, val_loader)
-                lr = optimizer.param_groups[0]["lr"]
-                update_summary(epoch, losses, metrics, str(summary), lr=lr)
-                saver.save_checkpoint(epoch, metric=metrics["top1"])
+                if args.ema_decay:
+                    metrics |= {f"ema_{key}": value for key, value in evaluate(task, val_loader, ema=True).items()}
+                if rank > 0:
+                    continue
+                update_summary(epoch, losses, metrics, str(summary), lr=optimizer.param_groups[0]["lr"])
+                saver.save_checkpoint(epoch, metric=metrics["ema_top1" if args.best == "ema" else "top1"])
                 plot_curves(summary, curves)
-                bar.write(f"epoch {epoch + 1:3d}: loss {losses['loss']:.3f}, validation {metrics['top1']:.2f} % top-1")
+                averaged = f", averaged weights {metrics['ema_top1']:.2f} %" if args.ema_decay else ""
+                bar.write(
+                    f"epoch {epoch + 1:3d}: loss {losses['loss']:.3f}, "
+                    f"validation {metrics['top1']:.2f} % top-1{averaged}"
+                )
     except (AssertionError, FloatingPointError) as error:
         raise SystemExit(f"train_imagenet.py: {error}") from None
-    print(f"\n{metrics['top1']:.2f} % of {len(val_set)} validation images right after {time.time() - start:.0f} s")
-    print(f"best epoch: {saver.best_metric:.2f} %, in {output / 'model_best.pth.tar'}")
-    print(f"curves: {curves}")
+    if rank == 0:
+        print(f"\n{metrics['top1']:.2f} % of {len(val_set)} validation images right after {time.time() - start:.0f} s")
+        print(f"best epoch: {saver.best_metric:.2f} %, in {output / 'model_best.pth.tar'}")
+        print(f"curves: {curves}")
     return metrics["top1"]
+
+
+def main(argv: Optional[Sequence[str]] = None) -> float:
+    """Runs `train` in this process, alone or as one of those that torchrun started.
+
+    Args:
+        argv: Arguments, or None for those of the process.
+    """
+    args = parse_args(argv)
+    device = join_group(args.device)
+    try:
+        return train(args, device)
+    finally:
+        dist.destroy_process_group()
 
 
 if __name__ == "__main__":

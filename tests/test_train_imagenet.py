@@ -105,6 +105,48 @@ def test_one_seed_gives_one_result(folder, tmp_path, monkeypatch):
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
+def test_averaged_weights_are_evaluated_and_saved(folder, tmp_path, monkeypatch):
+    """They follow the model where the decay is nearly 0, never where it is 1; they choose the best checkpoint."""
+    monkeypatch.chdir(tmp_path)
+    states, tops = [], []
+    for name, decay in (("fast", "1e-9"), ("never", "1")):
+        arguments = ("--ema-decay", decay, "--best", "ema", "--output", name)
+        main(["--data-dir", str(folder), *SMALL, "--epochs", "3", *arguments])
+        checkpoint = torch.load(tmp_path / name / "last.pth.tar", weights_only=False)
+        states.append((checkpoint["state_dict"], checkpoint["state_dict_ema"]))
+        with (tmp_path / name / "summary.csv").open() as file:
+            tops.append([(float(row["eval_top1"]), float(row["eval_ema_top1"])) for row in csv.DictReader(file)])
+        best = torch.load(tmp_path / name / "model_best.pth.tar", weights_only=False)
+        assert best["metric"] == max(ema for _, ema in tops[-1])
+    for key, value in states[0][0].items():
+        torch.testing.assert_close(states[0][1][key], value)
+    assert all(model == ema for model, ema in tops[0])
+    assert not torch.equal(states[1][0]["stem.proj.weight"], states[1][1]["stem.proj.weight"])
+    assert len({ema for _, ema in tops[1]}) == 1
+
+
+def test_two_processes(folder, tmp_path):
+    """Under torchrun, on CPUs: one log, one output folder, every validation image counted once, one model's weights."""
+    arguments = ["--data-dir", str(folder), *SMALL, "--batch-size", "8", "--ema-decay", "0.9", "--device", "cpu"]
+    torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
+    result = subprocess.run(
+        [*torchrun, str(ROOT / "train_imagenet.py"), *arguments],
+        cwd=tmp_path,
+        capture_output=True,
+        text=True,
+        timeout=600,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"},
+    )
+    assert result.returncode == 0, result.stderr
+    assert result.stdout.count("2 x 8 images a step") == 1 and [p.name for p in tmp_path.glob("output*")] == ["output"]
+    with (tmp_path / "output" / "summary.csv").open() as file:
+        (row,) = csv.DictReader(file)
+    right = float(row["eval_top1"]) * 12 / 100
+    assert right == pytest.approx(round(right), abs=1e-6)
+    state = timm.models.load_state_dict(str(tmp_path / "output" / "last.pth.tar"), use_ema=False)
+    assert set(state) == set(timm.create_model("container_light_nano").state_dict())
+
+
 def test_cifar10(tmp_path):
     """Real photos in the ImageNet layout, with `test` for a validation folder: 20 of each of CIFAR-10's classes."""
     count = Counter()
@@ -142,7 +184,7 @@ def test_cifar10(tmp_path):
         ("val/dark", [], "2 classes to train on, 1 to validate on"),
         ("images", [], "no images in class folders of "),
         (None, ["--model", "container_lite"], "unknown model container_lite; this package has container, "),
-        (None, ["--batch-size", "500"], "a batch of 500 for 48 training images"),
+        (None, ["--batch-size", "500"], "a step of 1 x 500 for 48 training images"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
         (None, ["--pretrained", "--model", "container_light"], "have to be downloaded by hand"),
@@ -152,6 +194,8 @@ def test_cifar10(tmp_path):
             "loss is nan in epoch 1, step 2",
         ),
         (None, ["--nonsense"], "unrecognized arguments: --nonsense"),
+        (None, ["--recipe", "none"], "no recipe none; there are digits, paper"),
+        (None, ["--recipe", "digits", "--best", "ema"], "--best ema needs --ema-decay"),
     ],
 )
 def test_a_mistake_is_answered_in_one_line(folder, tmp_path, monkeypatch, capsys, spoil, arguments, message):

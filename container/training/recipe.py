@@ -1,0 +1,42 @@
+"""Recipes: the settings of a run as a file."""
+
+import argparse
+import sys
+from pathlib import Path
+from typing import List, Optional, Sequence
+
+import yaml
+
+__all__ = ["parse_with_recipe"]
+
+
+def parse_with_recipe(
+    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]], folder: Path, name: str
+) -> argparse.Namespace:
+    """Parses a command line over a recipe: its settings are read as flags in front of the user's own, and checked too.
+
+    Args:
+        parser: The arguments there are.
+        argv: The user's arguments, or None for those of the process.
+        folder: Where `NAME.yaml` lies.
+        name: The recipe.
+
+    Returns:
+        The arguments.
+
+    Raises:
+        SystemExit: As argparse does, for a recipe that does not exist, sets what is no argument, or sets a wrong value.
+    """
+    path = folder / f"{name}.yaml"
+    if not path.is_file():
+        parser.error(f"no recipe {name}; there are {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
+    flags: List[str] = []
+    for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
+        flag = f"--{key.replace('_', '-')}"
+        if flag not in parser._option_string_actions:
+            parser.error(f"recipe {name} sets {key}, which is no argument")
+        if isinstance(value, bool):
+            flags.append(flag if value else f"--no-{flag[2:]}")
+        elif value is not None:
+            flags += [flag, *map(str, value if isinstance(value, list) else [value])]
+    return parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])

@@ -1,0 +1,58 @@
+"""Recipes: what they say, and how a command line overrides them."""
+
+import argparse
+
+import pytest
+import yaml
+from conftest import ROOT
+
+from container.training import parse_with_recipe
+from train_imagenet import parse_args
+
+RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+
+
+@pytest.mark.parametrize("name", RECIPES)
+def test_every_recipe_sets_everything_and_its_head_says_what_it_is(name):
+    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
+    paper = yaml.safe_load((ROOT / "recipes" / "paper.yaml").read_text())
+    assert set(paper) <= set(yaml.safe_load(text))
+    for heading in ("command", "result", "hardware"):
+        assert f"# {heading} " in text
+    args = parse_args(["--recipe", name])
+    for key, value in yaml.safe_load(text).items():
+        assert getattr(args, key) == value and args.recipe == name
+
+
+def test_paper_is_the_released_recipe():
+    args = parse_args(["--data-dir", "imagenet"])
+    assert args.recipe == "paper" and args.model == "container_light"
+    assert (args.epochs, args.lr_base, args.weight_decay, args.warmup_epochs) == (300, 5e-4, 0.05, 5)
+    assert (args.warmup_lr, args.min_lr, args.sched_on_updates) == (1e-6, 1e-5, False)
+    assert (args.drop_path, args.smoothing, args.mixup, args.cutmix) == (0.1, 0.1, 0.8, 1.0)
+    assert (args.aa, args.reprob, args.aug_repeats, args.ema_decay) == ("rand-m9-mstd0.5-inc1", 0.25, 3, 0.99996)
+
+
+def test_flags_override_the_recipe():
+    args = parse_args(["--data-dir", "imagenet", "--lr-base", "1e-3", "--scale", "0.5", "0.9", "--sched-on-updates"])
+    assert (args.lr_base, args.scale, args.sched_on_updates, args.epochs) == (1e-3, [0.5, 0.9], True, 300)
+    assert parse_args([]).recipe == "digits" and parse_args([]).aa is None
+
+
+@pytest.mark.parametrize(
+    "recipe, message",
+    [
+        ("epochs: many", "argument --epochs: invalid int value: 'many'"),
+        ("epoch: 3", "recipe mine sets epoch, which is no argument"),
+        (None, "no recipe mine; there are other"),
+    ],
+)
+def test_a_wrong_recipe(tmp_path, capsys, recipe, message):
+    (tmp_path / "other.yaml").write_text("epochs: 1")
+    if recipe is not None:
+        (tmp_path / "mine.yaml").write_text(recipe)
+    parser = argparse.ArgumentParser()
+    parser.add_argument("--epochs", type=int)
+    with pytest.raises(SystemExit):
+        parse_with_recipe(parser, [], tmp_path, "mine")
+    assert message in capsys.readouterr().err.splitlines()[-1]
