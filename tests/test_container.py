@@ -340,49 +340,53 @@ def test_scripted_features():
             torch.testing.assert_close(a, b)
 
 
-@pytest.fixture(scope="module")
-def dynamic_export():
-    """A small network with attention and convolution in every stage, and its export for any batch, height and width."""
-    torch.manual_seed(0)
-    model = small(dynamic="attention", gate="free")
+def exportable(name):
+    """A small member, an image, the dimensions left open (a size-bound member's batch alone), and shapes to try."""
+    model = randomize(timm.create_model(name, img_size=64, **SMALL)).eval()
     dim = torch.export.Dim
-    shapes = {"x": {0: dim("batch", max=64), 2: dim("height", min=33, max=4096), 3: dim("width", min=33, max=4096)}}
-    return model, images(2, 3, 70, 97), shapes
+    if name in FIXED:
+        return model, images(2, 3, 64, 64), {"x": {0: dim("batch", max=64)}}, [(1, 64, 64), (5, 64, 64)]
+    open_dims = {0: dim("batch", max=64), 2: dim("height", min=33, max=4096), 3: dim("width", min=33, max=4096)}
+    return model, images(2, 3, 70, 97), {"x": open_dims}, [(1, 64, 64), (3, 101, 67), (2, 70, 256)]
 
 
-SIZES = [(1, 64, 64), (3, 101, 67), (2, 70, 256)]
-
-
+@every
 @torch.no_grad()
-def test_exported(dynamic_export):
-    model, x, shapes = dynamic_export
-    exported = torch.export.export(model, (x,), dynamic_shapes=shapes).module()
-    for batch, height, width in SIZES:
+def test_exported(name):
+    model, x, open_dims, shapes = exportable(name)
+    exported = torch.export.export(model, (x,), dynamic_shapes=open_dims).module()
+    for batch, height, width in shapes:
         x = images(batch, 3, height, width)
         torch.testing.assert_close(exported(x), model(x), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.skipif(importlib.util.find_spec("onnxruntime") is None, reason="onnxruntime is not installed")
 @pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.:FutureWarning")  # torch 2.11's exporter, of itself
+@pytest.mark.parametrize("name", ["container", "container_light", "container_pam"])
 @torch.no_grad()
-def test_onnx(dynamic_export, tmp_path):
+def test_onnx(name, tmp_path):
     import onnxruntime
 
-    model, x, shapes = dynamic_export
-    torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=shapes, verbose=False).save(tmp_path / "model.onnx")
+    model, x, open_dims, shapes = exportable(name)
+    torch.onnx.export(model, (x,), dynamo=True, dynamic_shapes=open_dims, verbose=False).save(tmp_path / "model.onnx")
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    for batch, height, width in SIZES:
+    for batch, height, width in shapes:
         x = images(batch, 3, height, width)
         (y,) = session.run(None, {session.get_inputs()[0].name: x.numpy()})
         torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
 
 
-@torch.no_grad()
-def test_compiled_without_graph_breaks():
-    model = small(dynamic="attention")
-    compiled = torch.compile(model, backend="aot_eager", fullgraph=True)
-    x = images(2, 3, 64, 70)
-    torch.testing.assert_close(compiled(x), model(x))
+@every
+def test_compiled_without_graph_breaks(name):
+    model, x, _, _ = exportable(name)
+    twin = copy.deepcopy(model)
+    torch._dynamo.reset()  # its cache is per line of code, so the members would fill each other's
+    compiled = torch.compile(twin, backend="aot_eager", fullgraph=True)
+    for m in (model, compiled):
+        m(x).square().mean().backward()
+    torch.testing.assert_close(compiled(x), model(x), rtol=1e-4, atol=1e-5)
+    for a, b in zip(model.parameters(), twin.parameters(), strict=True):
+        torch.testing.assert_close(b.grad, a.grad, rtol=1e-3, atol=1e-6)
     torch._dynamo.reset()
 
 
