@@ -503,8 +503,9 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
                 **{k: t for k, t in zip((left, right), resampled, strict=True) if t is not None},
             }
 
-    own = model.state_dict()
-    head = {key for key in own if key.startswith("head.")} | {"head.fc.weight", "head.fc.bias"}
+    own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
+    head = ("head.fc.weight", "head.fc.bias")  # may be missing on either side
+    head_is_dropped = model.num_classes != cfg.get("num_classes", model.num_classes)  # by timm, after this
 
     def shape(key: str, tensor: Tensor) -> Tuple[int, ...]:
         return tuple(tensor.shape[i] for i in range(tensor.ndim) if key != "stem.proj.weight" or i != 1)
@@ -515,7 +516,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         "of another shape": [
             f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}"
             for key in own
-            if key in state_dict and key not in head and shape(key, state_dict[key]) != shape(key, own[key])
+            if key in state_dict and shape(key, state_dict[key]) != shape(key, own[key])
+            if not (head_is_dropped and key in head)
         ],
     }
     if any(problems.values()):
@@ -524,8 +526,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             for problem, keys in problems.items()
             if keys
         )
-        architecture = getattr(model, "pretrained_cfg", {}).get("architecture", type(model).__name__)
-        raise ValueError(f"checkpoint does not fit {architecture}: {found}")
+        raise ValueError(f"checkpoint does not fit {cfg.get('architecture', type(model).__name__)}: {found}")
     return state_dict
 
 

@@ -666,6 +666,19 @@ def test_a_spoilt_checkpoint_is_refused(released, tmp_path, spoil, message, kwar
         load(tmp_path / "weights.pth", **kwargs)
 
 
+def test_a_classifier_of_another_width_is_refused(released, tmp_path):
+    """Unless timm is told of it, or leaves the classifier out."""
+    state = dict(released[0])
+    state["head.weight"], state["head.bias"] = torch.zeros(21, 512), torch.zeros(21)
+    torch.save(state, tmp_path / "weights.pth")
+    with pytest.raises(ValueError, match=r"head.fc.weight \(21, 512\) for \(1000, 512\)"):
+        load(tmp_path / "weights.pth")
+    assert load(tmp_path / "weights.pth", num_classes=5).head.fc.out_features == 5
+    overlay = dict(file=str(tmp_path / "weights.pth"), num_classes=21)
+    model = timm.create_model("container_light", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(model.head.fc.weight, state["head.weight"])
+
+
 def test_another_architecture_is_refused_and_nothing_is_half_loaded(tmp_path):
     model = timm.create_model("container_light_nano")
     before = {k: v.clone() for k, v in model.state_dict().items()}
