@@ -20,6 +20,7 @@ import timm
 import torch
 import torch.distributed as dist
 import yaml
+from safetensors.torch import save_file
 from timm.data import FastCollateMixup, create_loader, resolve_model_data_config
 from timm.data.loader import PrefetchLoader
 from timm.models import get_pretrained_cfg
@@ -33,6 +34,7 @@ from timm.utils import (
     CheckpointSaver,
     distribute_bn,
     get_outdir,
+    get_state_dict,
     random_seed,
     reduce_tensor,
     unwrap_model,
@@ -96,6 +98,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     for name in ("epochs", "batch_size", "img_size"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    if (args.mixup or args.cutmix) and args.batch_size % 2:
+        parser.error(f"--batch-size {args.batch_size} is odd, but mixup and cutmix mix images in pairs")
     if args.best == "ema" and not args.ema_decay:
         parser.error("--best ema needs --ema-decay")
     if not timm.is_model(args.model):
@@ -242,7 +246,7 @@ def train(args: argparse.Namespace, device: torch.device) -> float:
     if rank == 0:
         output = Path(get_outdir(args.output, inc=True))
         (output / "args.yaml").write_text(yaml.safe_dump(vars(args)))
-        summary, curves = output / "summary.csv", output / "curves.png"
+        summary, curves, best = output / "summary.csv", output / "curves.png", output / "model_best.safetensors"
         saver = CheckpointSaver(model, optimizer, args=args, checkpoint_dir=str(output), max_history=2, task=task)
         params = sum(p.numel() for p in model.parameters()) / 1e6
         print(f"{args.model}: {params:.2f} M parameters, {num_classes} classes, {size[1]} x {size[2]}")
@@ -268,7 +272,13 @@ def train(args: argparse.Namespace, device: torch.device) -> float:
                 if rank > 0:
                     continue
                 update_summary(epoch, losses, metrics, str(summary), lr=optimizer.param_groups[0]["lr"])
-                saver.save_checkpoint(epoch, metric=metrics["ema_top1" if args.best == "ema" else "top1"])
+                _, best_epoch = saver.save_checkpoint(
+                    epoch, metric=metrics["ema_top1" if args.best == "ema" else "top1"]
+                )
+                if best_epoch == epoch:
+                    # The weights that were the best, alone: of a checkpoint with both, timm loads the averaged.
+                    state = get_state_dict(task.get_eval_model(ema=args.best == "ema"))
+                    save_file({key: tensor.contiguous() for key, tensor in state.items()}, best)
                 plot_curves(summary, curves)
                 averaged = f", averaged weights {metrics['ema_top1']:.2f} %" if args.ema_decay else ""
                 bar.write(
@@ -279,7 +289,7 @@ def train(args: argparse.Namespace, device: torch.device) -> float:
         raise SystemExit(f"train_imagenet.py: {error}") from None
     if rank == 0:
         print(f"\n{metrics['top1']:.2f} % of {len(val_set)} validation images right after {time.time() - start:.0f} s")
-        print(f"best epoch: {saver.best_metric:.2f} %, in {output / 'model_best.pth.tar'}")
+        print(f"best epoch: {saver.best_metric:.2f} %, in {best}")
         print(f"curves: {curves}")
     return metrics["top1"]
 

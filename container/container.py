@@ -496,7 +496,10 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 
     for name, module in model.named_modules():
         left, right = f"{name}.left", f"{name}.right"
-        if isinstance(module, TokenMatrix) and left in state_dict and state_dict[left].shape[1] != module.left.shape[1]:
+        if not isinstance(module, TokenMatrix) or left not in state_dict:
+            continue
+        whole = (right in state_dict) == (module.right is not None)  # else it does not fit, and is refused below
+        if whole and state_dict[left].shape[1] != module.left.shape[1]:
             resampled = module.resample(state_dict[left], state_dict.get(right), module.grid)
             state_dict = {
                 **state_dict,

@@ -1,6 +1,7 @@
 """Fixtures shared by the tests, and the data that some of them need and the project does not ship."""
 
 import os
+import random
 from pathlib import Path
 
 import numpy as np
@@ -27,6 +28,7 @@ def shared(name: str) -> Path:
 
 @pytest.fixture(autouse=True)
 def _seed() -> None:
+    random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
 

@@ -163,7 +163,6 @@ def test_token_matrix_starts_at_one_scale_whatever_its_rank(rank, std):
 def test_token_matrix_resampled(rank):
     """A token goes on reading the same total weight when it has more tokens to read."""
     affinity = TokenMatrix(DIM, 2, (8, 8), rank)
-    before = affinity.matrix(torch.empty(0)).sum(-1)
     smooth = torch.full((64, 64), 1 / 64)
     affinity.left.copy_(smooth if rank is None else torch.full((64, 4), 1 / 8))
     if rank is not None:
@@ -173,7 +172,25 @@ def test_token_matrix_resampled(rank):
     assert affinity.grid == (12, 16) and affinity.left.shape[1] == 192 and not affinity.left.requires_grad
     v = torch.ones(1, DIM, 12, 16)
     torch.testing.assert_close(affinity(v, v), v)
-    assert before.shape == (1, 2, 64)
+
+
+@torch.no_grad()
+def test_token_matrix_resampled_is_the_same_affinity_on_another_grid():
+    """A matrix that is a formula of positions in the image (a token looks up and to the left) is that formula again."""
+
+    def formula(grid):
+        y = ((torch.arange(grid[0]) + 0.5) / grid[0]).repeat_interleave(grid[1])
+        x = ((torch.arange(grid[1]) + 0.5) / grid[1]).repeat(grid[0])
+        dy, dx = y[None] - y[:, None] + 0.2, x[None] - x[:, None] + 0.1
+        return torch.exp(-(dy**2) / 0.1 - dx**2 / 0.3) / len(y)
+
+    affinity = TokenMatrix(DIM, 2, (10, 8))
+    affinity.left.copy_(formula((10, 8)))
+    affinity.set_input_size((12, 16))
+    expected = formula((12, 16)).expand(1, 2, -1, -1)
+    torch.testing.assert_close(affinity.matrix(torch.empty(0)), expected, rtol=0, atol=0.1 * expected.max().item())
+    correlation = torch.corrcoef(torch.stack((affinity.matrix(torch.empty(0)).flatten(), expected.flatten())))[0, 1]
+    assert correlation > 0.999
 
 
 @torch.no_grad()

@@ -57,7 +57,7 @@ def test_main_job(tmp_path):
     top1 = float(result.stdout.split("% of 360 validation images right")[0].split()[-1])
     assert top1 >= 97
 
-    best = tmp_path / "output" / "model_best.pth.tar"
+    best = tmp_path / "output" / "model_best.safetensors"
     model = timm.create_model("container_light_nano_32", num_classes=10, checkpoint_path=str(best)).eval()
     digits = Digits(train=False)
     digits.transform = create_transform(32, crop_pct=1.0, interpolation="bicubic")
@@ -105,6 +105,15 @@ def test_one_seed_gives_one_result(folder, tmp_path, monkeypatch):
     assert not all(torch.equal(states[0][k], states[2][k]) for k in states[0])
 
 
+def test_best_weights_are_the_raw_ones_unless_told_otherwise(folder, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    main(["--data-dir", str(folder), *SMALL])  # the paper's recipe: averaged weights have not moved in so few steps
+    best = torch.load(tmp_path / "output" / "model_best.pth.tar", weights_only=False)
+    alone = timm.models.load_state_dict(str(tmp_path / "output" / "model_best.safetensors"))
+    assert all(torch.equal(value, best["state_dict"][key]) for key, value in alone.items())
+    assert not torch.equal(alone["stem.proj.weight"], best["state_dict_ema"]["stem.proj.weight"])
+
+
 def test_averaged_weights_are_evaluated_and_saved(folder, tmp_path, monkeypatch):
     """They follow the model where the decay is nearly 0, never where it is 1; they choose the best checkpoint."""
     monkeypatch.chdir(tmp_path)
@@ -118,6 +127,10 @@ def test_averaged_weights_are_evaluated_and_saved(folder, tmp_path, monkeypatch)
             tops.append([(float(row["eval_top1"]), float(row["eval_ema_top1"])) for row in csv.DictReader(file)])
         best = torch.load(tmp_path / name / "model_best.pth.tar", weights_only=False)
         assert best["metric"] == max(ema for _, ema in tops[-1])
+        alone = timm.create_model(
+            "container_light_nano", num_classes=2, checkpoint_path=str(tmp_path / name / "model_best.safetensors")
+        )
+        assert all(torch.equal(value, best["state_dict_ema"][key]) for key, value in alone.state_dict().items())
     for key, value in states[0][0].items():
         torch.testing.assert_close(states[0][1][key], value)
     assert all(model == ema for model, ema in tops[0])
@@ -185,6 +198,7 @@ def test_cifar10(tmp_path):
         ("images", [], "no images in class folders of "),
         (None, ["--model", "container_lite"], "unknown model container_lite; this package has container, "),
         (None, ["--batch-size", "500"], "a step of 1 x 500 for 48 training images"),
+        (None, ["--batch-size", "15"], "--batch-size 15 is odd, but mixup and cutmix mix images in pairs"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
         (None, ["--pretrained", "--model", "container_light"], "have to be downloaded by hand"),
