@@ -90,14 +90,15 @@ def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
     return renamed
 
 
-def read(path: Union[str, Path]) -> Dict[str, Any]:
+def read(path: Union[str, Path], use_ema: bool = True) -> Dict[str, Any]:
     """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
 
-    Of a training checkpoint these are the averaged (EMA) weights where it has them, as in timm. Of a released
-    checkpoint they are those under `model`, which the authors evaluated; they never evaluated its `model_ema`.
+    Of a released checkpoint these are the weights under `model`, which the authors evaluated; they never evaluated
+    its `model_ema`.
 
     Args:
         path: The file.
+        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint that has them, as timm does.
 
     Raises:
         FileNotFoundError: There is no such file.
@@ -105,7 +106,7 @@ def read(path: Union[str, Path]) -> Dict[str, Any]:
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state_dict = load_state_dict(str(path))
+    state_dict = load_state_dict(str(path), use_ema=use_ema)
     return load_state_dict(str(path), use_ema=False) if is_released(state_dict) else state_dict
 
 

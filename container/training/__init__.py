@@ -1,8 +1,32 @@
 """What `train_imagenet.py` wires together and timm does not have."""
 
+from .checkpoint import Checkpoints, Progress, write_atomically
 from .curves import plot_curves
-from .data import Digits, create_datasets
-from .distributed import join_group
+from .data import Digits, Images, create_datasets, open_validation
+from .distributed import StopSignal, agree, join_group
+from .loader import create_train_loader, epoch_batches
+from .plan import estimate
 from .recipe import parse_with_recipe
+from .report import Report, describe_environment
+from .seeding import seed_everything
 
-__all__ = ["Digits", "create_datasets", "join_group", "parse_with_recipe", "plot_curves"]
+__all__ = [
+    "Checkpoints",
+    "Digits",
+    "Images",
+    "Progress",
+    "Report",
+    "StopSignal",
+    "agree",
+    "create_datasets",
+    "create_train_loader",
+    "describe_environment",
+    "epoch_batches",
+    "estimate",
+    "join_group",
+    "open_validation",
+    "parse_with_recipe",
+    "plot_curves",
+    "seed_everything",
+    "write_atomically",
+]

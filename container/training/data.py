@@ -1,14 +1,19 @@
-"""Datasets of a training run: an ImageNet-layout folder, or the digits that come with scikit-learn."""
+"""Datasets of a training run: folders, tar files, WebDataset, Hugging Face and torchvision datasets, or digits."""
 
+import os
+import tarfile
+from contextlib import suppress
 from pathlib import Path
-from typing import Callable, Optional, Tuple, Union
+from typing import Any, Callable, List, Optional, Tuple
 
+import torch
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_dataset
 from timm.data.auto_augment import NAME_TO_OP
+from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
-__all__ = ["Digits", "create_datasets"]
+__all__ = ["Digits", "Images", "create_datasets", "open_validation"]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
@@ -22,8 +27,9 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
 # until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
 NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
 
-_TRAIN_FOLDERS = ("train",)
-_VAL_FOLDERS = ("val", "validation", "test")
+_TRAIN_NAMES = ("train",)
+_VAL_NAMES = ("val", "validation", "test")
+_TRIES = 10
 
 
 class Digits(Dataset):
@@ -62,42 +68,197 @@ class Digits(Dataset):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
 
+class Images(ImageDataset):
+    """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
+
+    In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
+    The notes are in shared memory, so that the workers that read write them for the process that trains.
+
+    Args:
+        root: As timm's.
+        reader: As timm's.
+        train: Whether for training.
+        split: As timm's.
+    """
+
+    def __init__(self, root: Optional[str], reader: str = "", train: bool = False, split: str = "train") -> None:
+        super().__init__(root, reader=reader, split=split)
+        self.train = train
+        self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
+        self._told = torch.zeros_like(self.unreadable)
+
+    def __getitem__(self, index: int) -> Tuple[object, int]:
+        """The image, RGB and transformed, and its class."""
+        for candidate in (i % len(self) for i in range(index, index + _TRIES)):
+            try:
+                file, target = self.reader[candidate]
+                with file:
+                    image = Image.open(file).convert("RGB")
+                break
+            except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
+                self.unreadable[candidate] = True
+        else:
+            raise OSError(f"{_TRIES} images in a row cannot be read, the last is {self.filename(candidate)}")
+        if candidate != index and not self.train:
+            target = -1
+        return image if self.transform is None else self.transform(image), target
+
+    def new_unreadable(self) -> List[str]:
+        """Names of the images that were noted as unreadable since the last call.
+
+        Raises:
+            ValueError: All noted are more than 1 % of the images, and more than 10.
+        """
+        new = self.unreadable & ~self._told
+        self._told |= new
+        names = [self.filename(int(i)) for i in new.nonzero()]
+        if names and (count := int(self._told.sum())) > max(10, len(self) // 100):
+            raise ValueError(f"{count} of {len(self)} images cannot be read, the last is {names[-1]}")
+        return names
+
+
 def _split(root: Path, names: Tuple[str, ...]) -> Path:
     for name in names:
-        if (root / name).is_dir():
-            return root / name
+        for path in (root / name, root / f"{name}.tar"):
+            if path.exists():
+                return path
     # Without this check timm would take `root` itself for the split, and the splits for classes.
-    raise FileNotFoundError(f"no folder {' or '.join(names)} in {root}")
+    raise FileNotFoundError(f"no folder {' or '.join(names)} (or .tar) in {root}")
 
 
-def create_datasets(data_dir: Union[str, Path]) -> Tuple[ImageDataset, ImageDataset, int]:
-    """Opens a folder in ImageNet's layout: `train/CLASS/*.jpg` and `val/CLASS/*.jpg` (or `validation/`, `test/`).
+def _open(path: Path, train: bool) -> Images:
+    """A folder or a tar file with a folder for each class."""
+    folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
+    for folder in folders:
+        if not os.access(folder, os.R_OK | os.X_OK):
+            raise PermissionError(f"folder {folder} cannot be read")
+    try:
+        images = Images(str(path), train=train)
+    except (AssertionError, RuntimeError, tarfile.TarError) as error:
+        raise ValueError(f"no images in class folders of {path}") from error
+    classes = images.reader.class_to_idx
+    if "" in classes and path.is_dir():
+        raise ValueError(f"images in {path} itself, and not in class folders")
+    empty = [f for f in folders if f.name not in classes and not any(p.name in classes for p in f.rglob("*/"))]
+    if empty:
+        extensions = ", ".join(get_img_extensions())
+        raise ValueError(f"{len(empty)} class folders without images ({extensions}), among them {empty[0]}")
+    if not len(images):
+        raise ValueError(f"no images in class folders of {path}")
+    return images
+
+
+def open_validation(data_dir: str) -> Tuple[Images, int]:
+    """Opens images to evaluate on: the validation part of a folder, or one that holds the class folders itself.
+
+    ImageNet-V2 is of the second kind; its folders are numbers, and are sorted as numbers.
 
     Args:
         data_dir: The folder.
 
     Returns:
+        The images, and the number of classes.
+
+    Raises:
+        OSError: The folder is missing, or cannot be read.
+        ValueError: It has no images.
+    """
+    root = Path(data_dir)
+    if not root.exists():
+        raise FileNotFoundError(f"no folder {root}")
+    with suppress(FileNotFoundError):
+        root = _split(root, _VAL_NAMES)
+    images = _open(root, train=False)
+    return images, len(images.reader.class_to_idx)
+
+
+def create_datasets(
+    dataset: str = "",
+    data_dir: Optional[str] = None,
+    splits: Tuple[str, str] = ("train", "validation"),
+    num_classes: Optional[int] = None,
+    batch_size: int = 1,
+    seed: int = 0,
+) -> Tuple[Any, Any, int]:
+    """Opens the data to train and to validate on.
+
+    Args:
+        dataset: '' for a folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file with a
+            folder of images for each class; 'torch/cifar10', 'torch/cifar100', 'hfds/NAME', 'wds/' as in timm;
+            'digits', or '' without a folder, for scikit-learn's digits.
+        data_dir: The folder.
+        splits: Names of the parts to train and to validate on, where the data has names; for WebDataset also patterns
+            with a number of images, as `train-{000..099}.tar|100000`.
+        num_classes: As many as the data must have; what has no class names, as WebDataset, needs it.
+        batch_size: A hint that WebDataset needs.
+        seed: Of the order of what is read as a stream.
+
+    Returns:
         Training data, validation data, number of classes.
 
     Raises:
-        FileNotFoundError: The folder or one of its parts is missing.
-        ValueError: A part has no images, or the parts have different classes.
+        ImportError: A package that the format needs is not installed.
+        OSError: The folder or one of its parts is missing, or cannot be read.
+        ValueError: A part or a class has no images, the parts have different classes, or not `num_classes`.
     """
-    root = Path(data_dir)
-    if not root.is_dir():
-        raise FileNotFoundError(f"no folder {root}")
-    datasets = []
-    for split in (_split(root, _TRAIN_FOLDERS), _split(root, _VAL_FOLDERS)):
+    kind = "digits" if not dataset and data_dir is None else dataset.split("/")[0].lower()
+    train: Any
+    val: Any
+    if data_dir is not None and not Path(data_dir).is_dir():
+        raise FileNotFoundError(f"no folder {data_dir}")
+    if kind == "digits":
+        train, val = Digits(train=True), Digits(train=False)
+        names, val_names = [list(map(str, range(Digits.num_classes)))] * 2
+    elif kind == "":
+        assert data_dir is not None
+        train = _open(_split(Path(data_dir), _TRAIN_NAMES), train=True)
+        val = _open(_split(Path(data_dir), _VAL_NAMES), train=False)
+        names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
+    elif kind == "torch":
         try:
-            datasets.append(create_dataset("", root=str(split), search_split=False))
-        except RuntimeError as error:
-            raise ValueError(f"no images in class folders of {split}") from error
-    train, val = datasets
-    classes, val_classes = train.reader.class_to_idx, val.reader.class_to_idx
-    if classes != val_classes:
-        odd = sorted(set(classes) ^ set(val_classes))
+            train, val = (create_dataset(dataset, data_dir, split=split) for split in ("train", "validation"))
+        except (AssertionError, RuntimeError) as error:
+            name = dataset.split("/")[-1].upper()
+            raise ValueError(
+                f"no {dataset} in {data_dir}: if torchvision has it, get it by "
+                f"python -c \"import torchvision; torchvision.datasets.{name}('{data_dir}', download=True)\""
+            ) from error
+        names, val_names = train.classes, val.classes
+    elif kind == "hfds":
+        train, val = (Images(data_dir, dataset, train=i == 0, split=split) for i, split in enumerate(splits))
+        names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
+        if not names:
+            raise ValueError(f"{dataset} has no class names for its column 'label'")
+    elif kind == "wds":
+        if num_classes is None:
+            raise ValueError("WebDataset shards do not tell their classes: --num-classes is needed")
+        train, val = (
+            create_dataset(dataset, data_dir, split=split, is_training=i == 0, batch_size=batch_size, seed=seed)
+            for i, split in enumerate(splits)
+        )
+        names = val_names = list(map(str, range(num_classes)))
+        for part in (train, val):
+            part.target_transform = _Bounded(num_classes)
+    else:
+        raise ValueError(f"no dataset {dataset}; there are digits, torch/NAME, hfds/NAME, wds/, and folders")
+    if names != val_names:
+        odd = sorted(set(names) ^ set(val_names))
         raise ValueError(
-            f"{len(classes)} classes to train on, {len(val_classes)} to validate on in {root}; "
+            f"{len(names)} classes to train on, {len(val_names)} to validate on in {data_dir}; "
             f"{len(odd)} are in one only: {', '.join(odd[:3])}{', ...' if len(odd) > 3 else ''}"
         )
-    return train, val, len(classes)
+    if num_classes is not None and num_classes != len(names):
+        raise ValueError(f"the data has {len(names)} classes, not {num_classes}")
+    return train, val, len(names)
+
+
+class _Bounded:
+    """Lets through the classes that there are; any other would end a run on a GPU in a failed assertion."""
+
+    def __init__(self, num_classes: int) -> None:
+        self.num_classes = num_classes
+
+    def __call__(self, target: int) -> int:
+        if not 0 <= target < self.num_classes:
+            raise ValueError(f"an image of class {target}, but there are {self.num_classes} classes, 0 the first")
+        return target

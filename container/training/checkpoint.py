@@ -1,0 +1,112 @@
+"""Files that are there whole or not at all."""
+
+import hashlib
+import io
+import os
+import sys
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any, Dict, List, Optional, Union
+
+import torch
+
+__all__ = ["Checkpoints", "Progress", "write_atomically"]
+
+
+@dataclass
+class Progress:
+    """How far a run has come.
+
+    Random numbers are no part of it: each is a function of the run's seed and of the place where it is used
+    (`seed_everything`), on every rank.
+    """
+
+    epoch: int = 0  # whole ones
+    step: int = 0  # optimizer steps in the epoch after them
+    loss: float = 0.0  # sum over these steps
+    wait: float = 0.0  # seconds of them spent waiting for data
+    seconds: float = 0.0  # spent on them
+    total_seconds: float = 0.0
+    best: Optional[float] = None  # validation top-1, percent
+    history: List[Dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
+
+
+def write_atomically(path: Union[str, Path], data: Union[bytes, memoryview]) -> None:
+    """Writes a file under a temporary name, to the disk, and then gives it its own.
+
+    Args:
+        path: The file.
+        data: Its content.
+
+    Raises:
+        OSError: The disk is full, or cannot be written; a file that was there is as it was.
+    """
+    path = Path(path)
+    temporary = path.with_name(f"{path.name}.tmp")
+    try:
+        with open(temporary, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+        os.replace(temporary, path)
+    except OSError as error:
+        temporary.unlink(missing_ok=True)
+        raise OSError(error.errno, error.strerror, str(path)) from None
+    except BaseException:
+        temporary.unlink(missing_ok=True)
+        raise
+
+
+class Checkpoints:
+    """The newest checkpoints of a run, in its folder.
+
+    A file is `checkpoint-STEP-HASH.pth`: the optimizer step, and the first 16 digits of the sha256 of its content, so
+    that name and checksum appear in one atomic move. It is a dictionary of tensors and plain values, so nothing is
+    executed in loading it. timm loads its weights, and prefers the averaged ones.
+
+    Args:
+        folder: The run's.
+        keep: How many to keep.
+    """
+
+    def __init__(self, folder: Union[str, Path], keep: int = 2) -> None:
+        self.folder, self.keep = Path(folder), keep
+
+    def paths(self) -> List[Path]:
+        """The checkpoints, the newest first."""
+        return sorted(self.folder.glob("checkpoint-*-*.pth"), reverse=True)
+
+    def save(self, step: int, state: Dict[str, Any]) -> Path:
+        """Writes a checkpoint, then removes those that are too old.
+
+        Args:
+            step: Optimizer steps done.
+            state: Tensors and plain values.
+
+        Raises:
+            OSError: It cannot be written; those before are left.
+        """
+        buffer = io.BytesIO()
+        torch.save(state, buffer)
+        path = self.folder / f"checkpoint-{step:08d}-{_digest(buffer.getbuffer())}.pth"
+        write_atomically(path, buffer.getbuffer())
+        for old in self.paths()[self.keep :]:
+            old.unlink()
+        return path
+
+    def load(self) -> Optional[Dict[str, Any]]:
+        """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and passed over.
+
+        Returns:
+            What was saved, or None if there is none.
+        """
+        for path in self.paths():
+            data = path.read_bytes()
+            if path.stem.endswith(f"-{_digest(data)}"):
+                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            print(f"{path} is damaged ({len(data)} bytes, wrong sha256): trying the one before", file=sys.stderr)
+        return None
+
+
+def _digest(data: Union[bytes, memoryview]) -> str:
+    return hashlib.sha256(data).hexdigest()[:16]

@@ -1,0 +1,70 @@
+"""Random numbers as a function of where they are used, so that a run can be continued, and repeated, anywhere."""
+
+from typing import Any, Iterator, Tuple
+
+import numpy as np
+import torch.distributed as dist
+from timm.utils import random_seed
+from torch.utils.data import Dataset, Sampler
+
+__all__ = ["SeededDataset", "SeededSampler", "seed_everything"]
+
+Place = Tuple[int, int, int]
+
+
+def seed_everything(*place: int) -> None:
+    """Seeds the generators of Python, numpy and torch (all devices) by a hash of integers.
+
+    Args:
+        place: Where in a run this is: its seed, an epoch and a position in it, or a step and a rank.
+    """
+    random_seed(int(np.random.SeedSequence(place).generate_state(1)[0]))
+
+
+class SeededSampler(Sampler):
+    """Gives every sample of a sampler of timm or torch its own seed, and can begin in the middle of an epoch.
+
+    Sample i of rank r has position i * world + r in the epoch. Positions, not processes or workers, seed the
+    augmentation: the same samples come out whatever their number.
+
+    Args:
+        sampler: Whose indices to take; with `set_epoch`, for one rank of a group of processes.
+        seed: The run's.
+    """
+
+    def __init__(self, sampler: Any, seed: int) -> None:
+        self.sampler, self.seed, self.epoch, self.first = sampler, seed, 0, 0
+
+    def start(self, epoch: int, first: int = 0) -> None:
+        """Goes to an epoch, and in it past the first samples of this rank."""
+        self.epoch, self.first = epoch, first
+        mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
+        self.sampler.set_epoch(int(mixed))  # timm's and torch's samplers shuffle by the epoch alone
+
+    def __iter__(self) -> Iterator[Tuple[int, Place]]:
+        """Indices, each with its place."""
+        rank, world = dist.get_rank(), dist.get_world_size()
+        for i, index in enumerate(self.sampler):
+            if i >= self.first:
+                yield index, (self.seed, self.epoch, i * world + rank)
+
+    def __len__(self) -> int:
+        """Samples of this rank in a whole epoch."""
+        return len(self.sampler)
+
+
+class SeededDataset(Dataset):
+    """Reads and augments a sample under the seed of its place.
+
+    Args:
+        dataset: With integer indices.
+    """
+
+    def __init__(self, dataset: Dataset) -> None:
+        self.dataset = dataset
+
+    def __getitem__(self, item: Tuple[int, Place]) -> Tuple[object, int]:
+        """The sample, for what `SeededSampler` yields."""
+        index, place = item
+        seed_everything(*place)
+        return self.dataset[index]
