@@ -25,7 +25,7 @@ import torch
 import torch.distributed as dist
 import yaml
 from safetensors.torch import save
-from timm.data import Mixup, RealLabelsImagenet, create_loader, resolve_model_data_config
+from timm.data import Mixup, RealLabelsImagenet, resolve_model_data_config
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
 from timm.models import get_pretrained_cfg
@@ -47,6 +47,7 @@ from container.training import (
     agree,
     create_datasets,
     create_train_loader,
+    create_val_loader,
     describe_environment,
     epoch_batches,
     estimate,
@@ -124,6 +125,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     augment.add_argument("--scale", type=float, nargs=2, help="area of a random crop")
     augment.add_argument("--hflip", type=float, help="probability of a mirror image")
     augment.add_argument("--aa", help="auto-augment policy of timm, '' for none")
+    augment.add_argument("--color-jitter", type=float, help="of brightness, contrast, saturation; without a policy")
     augment.add_argument("--aug-repeats", type=int, help="augmented copies of an image in one epoch, 0 for one of each")
     augment.add_argument("--reprob", type=float, help="probability of random erasing")
     augment.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none")
@@ -178,21 +180,6 @@ def open_data(args: argparse.Namespace) -> Tuple[Any, Any, int]:
         return (None, *open_validation(args.data_dir))
     splits = (args.train_split, args.val_split)
     return create_datasets(args.dataset, args.data_dir, splits, args.num_classes, args.batch_size, args.seed)
-
-
-def create_val_loader(args: argparse.Namespace, dataset: Any, config: Dict[str, Any], device: torch.device) -> Any:
-    """The validation images in their order, as the model wants them."""
-    names = ("input_size", "interpolation", "mean", "std", "crop_pct")
-    return create_loader(
-        dataset,
-        batch_size=args.batch_size,
-        num_workers=args.workers,
-        distributed=True,
-        device=device,
-        pin_memory=device.type == "cuda",
-        persistent_workers=False,
-        **{name: config[name] for name in names},
-    )
 
 
 def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
@@ -278,7 +265,7 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
             raise ValueError(f"the images are not the {len(real.real_labels)} of {args.real_labels}")
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
     task = ClassificationTask(model, device=device, verbose=False)
-    metrics = evaluate(args, task, create_val_loader(args, dataset, config, device), real=real)
+    metrics = evaluate(args, task, create_val_loader(dataset, config, args.batch_size, args.workers, device), real=real)
     tell_unreadable(dataset, "does not count")
     if dist.get_rank() == 0:
         side = " x ".join(map(str, config["input_size"][1:]))
@@ -317,7 +304,7 @@ class Run:
         if len(self.train_set) < self.images:
             raise ValueError(f"a step of {self.images} images for {len(self.train_set)} training images")
         self.loader = self.train_loader(self.size)
-        self.val_loader = create_val_loader(args, self.val_set, self.config, device)
+        self.val_loader = create_val_loader(self.val_set, self.config, args.batch_size, args.workers, device)
         self.steps = len(self.loader) // args.grad_accum  # of an epoch
         lr, warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
@@ -364,7 +351,7 @@ class Run:
         return create_train_loader(
             self.train_set,
             self.config | dict(input_size=(3, size, size)),
-            augmentation=dict(scale=args.scale, hflip=args.hflip, auto_augment=args.aa),
+            augmentation=dict(scale=args.scale, hflip=args.hflip, auto_augment=args.aa, color_jitter=args.color_jitter),
             repeats=args.aug_repeats,
             batch_size=args.batch_size,
             workers=args.workers,

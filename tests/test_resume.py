@@ -15,7 +15,6 @@ from conftest import ROOT
 from PIL import Image
 
 from container.training import Checkpoints
-from train_imagenet import main
 
 KILLS = int(os.environ.get("CONTAINER_TEST_KILLS", 4))  # each costs a start of Python and torch
 

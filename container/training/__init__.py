@@ -4,7 +4,7 @@ from .checkpoint import Checkpoints, Progress, write_atomically
 from .curves import plot_curves
 from .data import Digits, Images, create_datasets, open_validation
 from .distributed import StopSignal, agree, join_group
-from .loader import create_train_loader, epoch_batches
+from .loader import create_train_loader, create_val_loader, epoch_batches
 from .plan import estimate
 from .recipe import parse_with_recipe
 from .report import Report, describe_environment
@@ -20,6 +20,7 @@ __all__ = [
     "agree",
     "create_datasets",
     "create_train_loader",
+    "create_val_loader",
     "describe_environment",
     "epoch_batches",
     "estimate",

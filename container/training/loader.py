@@ -1,18 +1,43 @@
 """Batches of augmented training images, from anywhere in a run."""
 
+import signal
 from typing import Any, Dict, Iterator
 
 import torch
 from timm.data import create_transform
 from timm.data.dataset import IterableImageDataset
-from timm.data.distributed_sampler import RepeatAugSampler
+from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
 from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from .seeding import SeededDataset, SeededSampler, seed_everything
 
-__all__ = ["create_train_loader", "epoch_batches"]
+__all__ = ["create_train_loader", "create_val_loader", "epoch_batches"]
+
+
+def _shield(worker: int) -> None:
+    """Keeps a worker alive through a signal that goes to a whole group of processes, as Ctrl-C does.
+
+    The process that trains still needs its batches to finish a step, and ends its workers itself.
+    """
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it, should nothing else
+
+
+def _prefetch(
+    dataset: Any, config: Dict[str, Any], batch_size: int, workers: int, device: torch.device, **options: Any
+) -> PrefetchLoader:
+    loader = DataLoader(
+        dataset,
+        batch_size=batch_size,
+        num_workers=workers,
+        collate_fn=fast_collate,
+        pin_memory=device.type == "cuda",
+        worker_init_fn=_shield,
+        **options,
+    )
+    return PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
 
 
 def create_train_loader(
@@ -47,28 +72,48 @@ def create_train_loader(
         interpolation=config["interpolation"],
         **augmentation,
     )
-    options: Dict[str, Any]
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
         # New workers in each epoch, and never this process: they shuffle, by a seed that they have from the start.
         workers = max(1, workers)
         dataset.set_loader_cfg(num_workers=workers)
-        options = dict(dataset=dataset)
-    else:
-        sampler = RepeatAugSampler(dataset, num_repeats=repeats) if repeats else DistributedSampler(dataset)
-        options = dict(
-            dataset=SeededDataset(dataset), sampler=SeededSampler(sampler, seed), persistent_workers=workers > 0
-        )
-    loader = DataLoader(
-        batch_size=batch_size,
-        num_workers=workers,
-        collate_fn=fast_collate,
-        pin_memory=device.type == "cuda",
+        return _prefetch(dataset, config, batch_size, workers, device, drop_last=True)
+    sampler = RepeatAugSampler(dataset, num_repeats=repeats) if repeats else DistributedSampler(dataset)
+    return _prefetch(
+        SeededDataset(dataset),
+        config,
+        batch_size,
+        workers,
+        device,
         drop_last=True,
-        **options,
+        sampler=SeededSampler(sampler, seed),
+        persistent_workers=workers > 0,
     )
-    return PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
+
+
+def create_val_loader(
+    dataset: Any, config: Dict[str, Any], batch_size: int, workers: int, device: torch.device
+) -> PrefetchLoader:
+    """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
+
+    Args:
+        dataset: timm's, or any with a `transform`.
+        config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`.
+        batch_size: Images of this process.
+        workers: Processes that load.
+        device: Where images are moved to and normalized.
+    """
+    dataset.transform = create_transform(
+        config["input_size"],
+        use_prefetcher=True,
+        interpolation=config["interpolation"],
+        crop_pct=config["crop_pct"],
+    )
+    if isinstance(dataset, IterableImageDataset):
+        dataset.set_loader_cfg(num_workers=workers)
+        return _prefetch(dataset, config, batch_size, workers, device)
+    return _prefetch(dataset, config, batch_size, workers, device, sampler=OrderedDistributedSampler(dataset))
 
 
 def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[Any]:
