@@ -10,6 +10,7 @@ Settings come from recipes/NAME.yaml: `digits` without data, else `paper`, or --
 """
 
 import argparse
+import json
 import math
 import os
 import signal
@@ -84,7 +85,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     run.add_argument("--epochs", type=int, help="passes over as many images as there are")
     run.add_argument("--batch-size", type=int, help="images per pass and process")
     run.add_argument("--grad-accum", type=int, help="passes per step")
-    run.add_argument("--amp", choices=("none", *HALF), help="16-bit type to compute in; weights stay 32-bit")
+    run.add_argument(
+        "--amp", choices=("none", *HALF), help="16-bit type to compute in, with 32-bit weights; recipes set it for GPUs"
+    )
     run.add_argument("--channels-last", action=switch, help="memory layout NHWC")
     run.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the training")
     data = parser.add_argument_group("data")
@@ -135,6 +138,8 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")
     args = parse_with_recipe(parser, argv, RECIPES, recipe)
     args.recipe = recipe
+    if given.amp is None and args.device == "cpu":
+        args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
     for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
@@ -179,7 +184,7 @@ def open_data(args: argparse.Namespace) -> Tuple[Any, Any, int]:
     if args.eval and args.data_dir and not args.dataset:
         return (None, *open_validation(args.data_dir))
     splits = (args.train_split, args.val_split)
-    return create_datasets(args.dataset, args.data_dir, splits, args.num_classes, args.batch_size, args.seed)
+    return create_datasets(args.data_dir, args.dataset, splits, args.num_classes, args.batch_size, args.seed)
 
 
 def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
@@ -260,9 +265,11 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
     if args.real_labels:
         if dist.get_world_size() > 1:
             raise ValueError("--real-labels needs all images in one process")
-        real = RealLabelsImagenet(dataset.filenames(basename=True), args.real_labels)
-        if set(real.filenames) != set(real.real_labels):
-            raise ValueError(f"the images are not the {len(real.real_labels)} of {args.real_labels}")
+        labels = len(json.loads(Path(args.real_labels).read_text()))
+        names = {f"ILSVRC2012_val_{i + 1:08d}.JPEG" for i in range(labels)}
+        if set(files := dataset.filenames(basename=True)) != names:
+            raise ValueError(f"the images are not those of {args.real_labels} ({labels} labels)")
+        real = RealLabelsImagenet(files, args.real_labels)
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
     task = ClassificationTask(model, device=device, verbose=False)
     metrics = evaluate(args, task, create_val_loader(dataset, config, args.batch_size, args.workers, device), real=real)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import container  # noqa: F401  registers the models
 
@@ -31,6 +32,18 @@ def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Path:
+    """An ImageNet-layout folder of two classes that a network tells apart: 48 + 12 images, bright and dark."""
+    for split, count in (("train", 24), ("val", 6)):
+        for name, level in (("bright", 200), ("dark", 30)):
+            (tmp_path / "data" / split / name).mkdir(parents=True)
+            for i in range(count):
+                pixels = np.random.randint(level - 25, level + 25, (40, 36, 3), dtype=np.uint8)
+                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
+    return tmp_path / "data"
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:

@@ -8,11 +8,9 @@ import subprocess
 import sys
 import time
 
-import numpy as np
 import pytest
 import torch
 from conftest import ROOT
-from PIL import Image
 
 from container.training import Checkpoints
 
@@ -37,18 +35,6 @@ SETTINGS = [
 ONE = [*SETTINGS, "--batch-size", "4", "--grad-accum", "2"]
 TWO = [*SETTINGS, "--batch-size", "4"]
 TORCHRUN = ["-m", "torch.distributed.run", "--standalone", "--nproc_per_node=2"]
-
-
-@pytest.fixture
-def folder(tmp_path):
-    """48 + 12 images in two classes."""
-    for split, count in (("train", 24), ("val", 6)):
-        for name, level in (("bright", 200), ("dark", 30)):
-            (tmp_path / "data" / split / name).mkdir(parents=True)
-            for i in range(count):
-                pixels = np.random.randint(level - 25, level + 25, (40, 36, 3), dtype=np.uint8)
-                Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
-    return tmp_path / "data"
 
 
 def start(folder, output, arguments, launcher=(), workers=1):

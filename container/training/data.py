@@ -4,7 +4,7 @@ import os
 import tarfile
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple
+from typing import Any, Callable, List, Optional, Tuple, Union
 
 import torch
 from PIL import Image, ImageOps
@@ -148,7 +148,7 @@ def _open(path: Path, train: bool) -> Images:
     return images
 
 
-def open_validation(data_dir: str) -> Tuple[Images, int]:
+def open_validation(data_dir: Union[str, Path]) -> Tuple[Images, int]:
     """Opens images to evaluate on: the validation part of a folder, or one that holds the class folders itself.
 
     ImageNet-V2 is of the second kind; its folders are numbers, and are sorted as numbers.
@@ -173,8 +173,8 @@ def open_validation(data_dir: str) -> Tuple[Images, int]:
 
 
 def create_datasets(
+    data_dir: Union[str, Path, None] = None,
     dataset: str = "",
-    data_dir: Optional[str] = None,
     splits: Tuple[str, str] = ("train", "validation"),
     num_classes: Optional[int] = None,
     batch_size: int = 1,
@@ -183,10 +183,10 @@ def create_datasets(
     """Opens the data to train and to validate on.
 
     Args:
+        data_dir: The folder.
         dataset: '' for a folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file with a
             folder of images for each class; 'torch/cifar10', 'torch/cifar100', 'hfds/NAME', 'wds/' as in timm;
             'digits', or '' without a folder, for scikit-learn's digits.
-        data_dir: The folder.
         splits: Names of the parts to train and to validate on, where the data has names; for WebDataset also patterns
             with a number of images, as `train-{000..099}.tar|100000`.
         num_classes: As many as the data must have; what has no class names, as WebDataset, needs it.
@@ -216,7 +216,7 @@ def create_datasets(
         names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
     elif kind == "torch":
         try:
-            train, val = (create_dataset(dataset, data_dir, split=split) for split in ("train", "validation"))
+            train, val = (create_dataset(dataset, str(data_dir), split=split) for split in ("train", "validation"))
         except (AssertionError, RuntimeError) as error:
             name = dataset.split("/")[-1].upper()
             raise ValueError(
@@ -225,7 +225,8 @@ def create_datasets(
             ) from error
         names, val_names = train.classes, val.classes
     elif kind == "hfds":
-        train, val = (Images(data_dir, dataset, train=i == 0, split=split) for i, split in enumerate(splits))
+        cache = None if data_dir is None else str(data_dir)
+        train, val = (Images(cache, dataset, train=i == 0, split=split) for i, split in enumerate(splits))
         names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
         if not names:
             raise ValueError(f"{dataset} has no class names for its column 'label'")
@@ -233,7 +234,7 @@ def create_datasets(
         if num_classes is None:
             raise ValueError("WebDataset shards do not tell their classes: --num-classes is needed")
         train, val = (
-            create_dataset(dataset, data_dir, split=split, is_training=i == 0, batch_size=batch_size, seed=seed)
+            create_dataset(dataset, str(data_dir), split=split, is_training=i == 0, batch_size=batch_size, seed=seed)
             for i, split in enumerate(splits)
         )
         names = val_names = list(map(str, range(num_classes)))

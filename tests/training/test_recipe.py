@@ -19,7 +19,7 @@ def test_every_recipe_sets_everything_and_its_head_says_what_it_is(name):
     assert set(paper) <= set(yaml.safe_load(text))
     for heading in ("command", "result", "hardware"):
         assert f"# {heading} " in text
-    args = parse_args(["--recipe", name])
+    args = parse_args(["--recipe", name, "--device", "cuda"])
     for key, value in yaml.safe_load(text).items():
         assert getattr(args, key) == value and args.recipe == name
 
