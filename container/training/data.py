@@ -72,7 +72,8 @@ class Images(ImageDataset):
     """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
 
     In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
-    The notes are in shared memory, so that the workers that read write them for the process that trains.
+    The notes are in shared memory, so that the workers that read write them for the process that trains. `classes` are
+    the names of the classes in order.
 
     Args:
         root: As timm's.
@@ -86,6 +87,8 @@ class Images(ImageDataset):
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
+        by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
+        self.classes = sorted(by_index, key=by_index.__getitem__)
 
     def __getitem__(self, index: int) -> Tuple[object, int]:
         """The image, RGB and transformed, and its class."""
@@ -136,7 +139,7 @@ def _open(path: Path, train: bool) -> Images:
         images = Images(str(path), train=train)
     except (AssertionError, RuntimeError, tarfile.TarError) as error:
         raise ValueError(f"no images in class folders of {path}") from error
-    classes = images.reader.class_to_idx
+    classes = set(images.classes)
     if "" in classes and path.is_dir():
         raise ValueError(f"images in {path} itself, and not in class folders")
     empty = [f for f in folders if f.name not in classes and not any(p.name in classes for p in f.rglob("*/"))]
@@ -169,7 +172,7 @@ def open_validation(data_dir: Union[str, Path]) -> Tuple[Images, int]:
     with suppress(FileNotFoundError):
         root = _split(root, _VAL_NAMES)
     images = _open(root, train=False)
-    return images, len(images.reader.class_to_idx)
+    return images, len(images.classes)
 
 
 def create_datasets(
@@ -213,7 +216,7 @@ def create_datasets(
         assert data_dir is not None
         train = _open(_split(Path(data_dir), _TRAIN_NAMES), train=True)
         val = _open(_split(Path(data_dir), _VAL_NAMES), train=False)
-        names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
+        names, val_names = train.classes, val.classes
     elif kind == "torch":
         try:
             train, val = (create_dataset(dataset, str(data_dir), split=split) for split in ("train", "validation"))
@@ -227,7 +230,7 @@ def create_datasets(
     elif kind == "hfds":
         cache = None if data_dir is None else str(data_dir)
         train, val = (Images(cache, dataset, train=i == 0, split=split) for i, split in enumerate(splits))
-        names, val_names = list(train.reader.class_to_idx), list(val.reader.class_to_idx)
+        names, val_names = train.classes, val.classes
         if not names:
             raise ValueError(f"{dataset} has no class names for its column 'label'")
     elif kind == "wds":

@@ -1,14 +1,26 @@
 """Data of a training run."""
 
+import hashlib
+import os
+import pickle
+import shutil
+import subprocess
+import sys
+import tarfile
+import tempfile
+from pathlib import Path
+
 import numpy as np
 import pytest
+from conftest import ROOT
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
+from torchvision.datasets import CIFAR10
 
-from container.training import Digits, create_datasets
+from container.training import Digits, Images, create_datasets, open_validation
 
-# timm's image reader leaves closing a file to the garbage collector.
-pytestmark = pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+# timm's tar reader and Hugging Face's cache leave closing their files to the garbage collector.
+LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 
 
 def test_digits_are_split_once_and_for_all():
@@ -58,3 +70,132 @@ def test_released_augmentation_takes_thousands_of_images():
     image = Image.fromarray(np.random.randint(0, 256, (8, 8, 3), dtype=np.uint8))
     for _ in range(5000):
         assert augment(image).size == (8, 8)
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("nested", [False, True], ids=["folders in a tar", "tars in a tar"])
+def test_tar_files(folder, tmp_path, nested):
+    """The two layouts of ImageNet's own archives; in the second a class is a tar file. Same images, same classes."""
+    (tmp_path / "tars").mkdir()
+    for split in ("train", "val"):
+        with tarfile.open(tmp_path / "tars" / f"{split}.tar", "w") as archive:
+            for name in ("bright", "dark"):
+                if not nested:
+                    archive.add(folder / split / name, name)
+                    continue
+                with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
+                    for image in sorted((folder / split / name).iterdir()):
+                        inner.add(image, image.name)
+                archive.add(tmp_path / f"{name}.tar", f"{name}.tar")
+    expected = create_datasets(folder)
+    for part, from_tar in zip(expected[:2], create_datasets(tmp_path / "tars")[:2]):
+        assert len(part) == len(from_tar)
+        assert part.classes == from_tar.classes == ["bright", "dark"]
+        images = [sorted((np.asarray(d[i][0]).tobytes(), d[i][1]) for i in range(len(d))) for d in (part, from_tar)]
+        assert images[0] == images[1]
+    (tmp_path / "tars" / "val.tar").write_bytes(b"no tar")
+    with pytest.raises(ValueError, match=r"no images in class folders of .*val\.tar"):
+        create_datasets(tmp_path / "tars")
+
+
+@LEFT_OPEN
+def test_hugging_face_dataset(folder, tmp_path):
+    """One on this disk: an image folder; its splits have the Hub's names."""
+    (folder / "val").rename(folder / "validation")
+    (tmp_path / "cache").mkdir()
+    train, val, classes = create_datasets(tmp_path / "cache", f"hfds/{folder}")
+    assert (len(train), len(val), classes) == (48, 12, 2)
+    image, target = train[0]
+    assert image.mode == "RGB" and (np.asarray(image).mean() > 100) == (target == train.classes.index("bright"))
+
+
+def test_torchvision_cifar10(tmp_path, monkeypatch):
+    """A file in CIFAR-10's format, with its own checksum in torchvision's list."""
+    base = tmp_path / CIFAR10.base_folder
+    base.mkdir()
+    pixels = np.random.randint(0, 256, (20, 3072), dtype=np.uint8)
+    names = [f"class {i}" for i in range(10)]
+    contents = dict(
+        data_batch_1=dict(data=pixels, labels=list(range(10)) * 2),
+        test_batch=dict(data=pixels[:10], labels=list(range(10))),
+        meta=dict(label_names=names),
+    )
+    sums = {}
+    for name, content in contents.items():
+        (base / name).write_bytes(pickle.dumps(content))
+        sums[name] = hashlib.md5((base / name).read_bytes()).hexdigest()
+    monkeypatch.setattr(CIFAR10, "train_list", [["data_batch_1", sums["data_batch_1"]]])
+    monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", sums["test_batch"]]])
+    monkeypatch.setattr(CIFAR10, "meta", dict(filename="meta", key="label_names", md5=sums["meta"]))
+    train, val, classes = create_datasets(tmp_path, "torch/cifar10")
+    assert (len(train), len(val), classes) == (20, 10, 10)
+    assert np.array_equal(np.asarray(train[3][0]), pixels[3].reshape(3, 32, 32).transpose(1, 2, 0)) and train[3][1] == 3
+    (base / "test_batch").unlink()
+    with pytest.raises(ValueError, match=r"torchvision\.datasets\.CIFAR10.*download=True"):
+        create_datasets(tmp_path, "torch/cifar10")
+
+
+def test_unreadable_images_are_noted_and_replaced(folder):
+    for name in ("bright/0.jpg", "bright/5.jpg"):
+        (folder / "val" / name).write_bytes(b"no image")
+    val, train = Images(str(folder / "val")), Images(str(folder / "val"), train=True)
+    names = val.filenames()
+    bad = [names.index("bright/0.jpg"), names.index("bright/5.jpg")]
+    assert [val[i][1] for i in range(12)] == [-1 if i in bad else i // 6 for i in range(12)]
+    assert sorted(val.new_unreadable()) == ["bright/0.jpg", "bright/5.jpg"] and val.new_unreadable() == []
+    image, target = train[bad[0]]
+    assert target == 0 and np.array_equal(np.asarray(image), np.asarray(train[bad[0] + 1][0]))
+    for name in names:
+        (folder / "val" / name).write_bytes(b"no image")
+    with pytest.raises(OSError, match="10 images in a row cannot be read, the last is"):
+        val[0]
+    for i in range(2):
+        with pytest.raises(OSError, match="10 images in a row"):
+            val[i]
+    with pytest.raises(ValueError, match=r"1[0-2] of 12 images cannot be read"):
+        val.new_unreadable()
+
+
+def test_folders_of_numbers_are_sorted_as_numbers(tmp_path):
+    """ImageNet-V2: class folders 0 to 999, and no splits."""
+    for i in range(12):
+        (tmp_path / str(i)).mkdir()
+        Image.new("RGB", (4, 4)).save(tmp_path / str(i) / "image.png")
+    images, classes = open_validation(tmp_path)
+    assert classes == 12 and [(images.filename(i), images[i][1]) for i in (2, 10)] == [
+        ("2/image.png", 2),
+        ("10/image.png", 10),
+    ]
+    with pytest.raises(FileNotFoundError, match="no folder nowhere"):
+        open_validation("nowhere")
+
+
+def test_a_folder_without_permission():
+    """As another user, since root may read everything."""
+    root = Path(tempfile.mkdtemp())
+    try:
+        root.chmod(0o755)
+        for split in ("train", "val"):
+            for name in ("a", "b"):
+                (root / split / name).mkdir(parents=True)
+                Image.new("RGB", (8, 8)).save(root / split / name / "image.png")
+        (root / "train" / "b").chmod(0)
+        code = f"""
+import os
+from container.training import create_datasets
+if os.geteuid() == 0:
+    os.setgid(65534)
+    os.setuid(65534)
+try:
+    create_datasets({str(root)!r})
+except OSError as error:
+    print(error)
+"""
+        command = [sys.executable, "-W", "ignore", "-c", code]
+        result = subprocess.run(
+            command, capture_output=True, text=True, cwd=ROOT, env={**os.environ, "PYTHONPATH": str(ROOT)}
+        )
+        assert result.stdout == f"folder {root / 'train' / 'b'} cannot be read\n", result.stderr
+    finally:
+        (root / "train" / "b").chmod(0o755)
+        shutil.rmtree(root)

@@ -1,11 +1,14 @@
 """One process is a group of one, so every sampler of timm works in it."""
 
+import os
+import signal
+
 import pytest
 import torch
 import torch.distributed as dist
 from timm.data import create_loader
 
-from container.training import Digits, join_group
+from container.training import Digits, StopSignal, agree, join_group
 
 
 @pytest.fixture
@@ -32,3 +35,50 @@ def test_repeated_augmentation_covers_the_data_in_one_process(group):
         assert len(indices) == 1437 // 256 * 256 and len(set(indices)) == -(-len(indices) // 3)
         seen.update(indices)
     assert len(seen) == len(digits)
+
+
+def test_agreement_of_one(group):
+    assert agree(torch.tensor(2.5), stop=False) == (2.5, False)
+    assert agree(torch.tensor(2.5), stop=True) == (2.5, True)
+
+
+def _vote(rank, path, queue):
+    dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    answers = [
+        agree(torch.tensor(1.0 + rank), stop=False),
+        agree(torch.tensor(1.0), stop=rank == 1),
+        agree(torch.tensor(float("nan") if rank else 1.0), stop=False),
+    ]
+    queue.put((rank, answers))
+    dist.destroy_process_group()
+
+
+def test_agreement_of_two(tmp_path):
+    """The mean loss; one that was told to stop stops both; one whose loss is not finite tells the other."""
+    context = torch.multiprocessing.get_context("spawn")
+    queue = context.Queue()
+    processes = [context.Process(target=_vote, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    answers = dict(queue.get(timeout=120) for _ in processes)
+    for process in processes:
+        process.join()
+    for answer in answers.values():
+        assert answer[:2] == [(1.5, False), (1.0, True)] and answer[2][0] != answer[2][0]
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
+def test_the_first_signal_is_noted_and_the_second_acts(number):
+    seen = []
+    before = signal.signal(number, lambda *_: seen.append(number))
+    try:
+        with StopSignal() as stop:
+            assert stop.received is None
+            os.kill(os.getpid(), number)
+            assert stop.received == number and not seen
+            os.kill(os.getpid(), number)
+            assert seen == [number]
+        os.kill(os.getpid(), number)
+        assert seen == [number] * 2
+    finally:
+        signal.signal(number, before)

@@ -1,0 +1,68 @@
+"""Files that are there whole or not at all."""
+
+import pickle
+
+import pytest
+import torch
+
+from container.training import Checkpoints, Progress, write_atomically
+from container.training.checkpoint import _digest
+
+
+def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    write_atomically(path, b"old")
+
+    def fail(*_):
+        raise OSError(28, "No space left on device")
+
+    for name in ("os.fsync", "os.replace"):
+        with monkeypatch.context() as patch, pytest.raises(OSError, match=r"No space left on device: '.*file'"):
+            patch.setattr(name, fail)
+            write_atomically(path, b"new")
+        assert path.read_bytes() == b"old" and [p.name for p in tmp_path.iterdir()] == ["file"]
+    write_atomically(path, b"new")
+    assert path.read_bytes() == b"new"
+
+
+def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path):
+    checkpoints = Checkpoints(tmp_path)
+    assert checkpoints.load() is None
+    for step in (1, 20, 300):
+        checkpoints.save(step, dict(weights=torch.full((3,), step), progress=dict(history=[dict(loss=1.5)])))
+    assert [path.name[:19] for path in checkpoints.paths()] == ["checkpoint-00000300", "checkpoint-00000020"]
+    loaded = checkpoints.load()
+    assert loaded["weights"].tolist() == [300] * 3 and loaded["progress"] == dict(history=[dict(loss=1.5)])
+
+
+@pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
+def test_damage_of_any_kind_is_noticed(tmp_path, capsys, damage):
+    checkpoints = Checkpoints(tmp_path)
+    for step in (1, 2):
+        checkpoints.save(step, dict(step=step, weights=torch.rand(100)))
+    newest, _ = checkpoints.paths()
+    data = bytearray(newest.read_bytes())
+    if damage == "one bit":
+        data[len(data) // 2] ^= 1
+    newest.write_bytes(data[:-1] if damage == "truncated" else data if damage == "one bit" else b"")
+    assert checkpoints.load()["step"] == 1
+    assert f"{newest} is damaged" in capsys.readouterr().err
+    checkpoints.paths()[1].write_bytes(b"")
+    assert checkpoints.load() is None
+
+
+def test_nothing_in_a_checkpoint_is_executed(tmp_path):
+    class Evil:
+        def __reduce__(self):
+            return (tmp_path.joinpath("executed").touch, ())
+
+    torch.save(dict(state=Evil()), tmp_path / "evil")
+    data = (tmp_path / "evil").read_bytes()
+    (tmp_path / f"checkpoint-00000001-{_digest(data)}.pth").write_bytes(data)
+    with pytest.raises(pickle.UnpicklingError):
+        Checkpoints(tmp_path).load()
+    assert not (tmp_path / "executed").exists()
+
+
+def test_progress_begins_at_the_start():
+    assert Progress() == Progress(epoch=0, step=0, best=None, history=[])

@@ -1,0 +1,121 @@
+"""Batches, from anywhere in a run."""
+
+import io
+import json
+import tarfile
+
+import pytest
+import torch
+import torch.distributed as dist
+from PIL import Image
+from timm.data import create_loader
+
+from container.training import (
+    Digits,
+    create_datasets,
+    create_train_loader,
+    create_val_loader,
+    epoch_batches,
+    join_group,
+)
+
+CONFIG = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=0.9)
+AUGMENTATION = dict(scale=(0.5, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(autouse=True)
+def group():
+    join_group("cpu")
+    yield
+    dist.destroy_process_group()
+
+
+def small(dataset):
+    dataset.images, dataset.targets = dataset.images[:50], dataset.targets[:50]
+    return dataset
+
+
+def loader(workers, dataset=None, repeats=0):
+    dataset = dataset or small(Digits(train=True))
+    return create_train_loader(dataset, CONFIG, AUGMENTATION, repeats, 8, workers, seed=1, device=CPU)
+
+
+def assert_equal(first, second):
+    assert len(first) == len(second) > 0
+    for (images, targets), (others, other_targets) in zip(first, second):
+        assert torch.equal(images, others) and torch.equal(targets, other_targets)
+
+
+def test_batches_do_not_depend_on_workers_and_can_begin_anywhere():
+    alone = loader(0)
+    whole = list(epoch_batches(alone, seed=1, epoch=3))
+    assert len(whole) == len(alone) == 50 // 8
+    with_workers = loader(2)
+    assert_equal(whole, list(epoch_batches(with_workers, seed=1, epoch=3)))
+    assert_equal(whole[4:], list(epoch_batches(with_workers, seed=1, epoch=3, first=4)))
+    other = list(epoch_batches(alone, seed=1, epoch=4))
+    assert not torch.equal(whole[0][0], other[0][0])
+
+
+def test_validation_is_timm_s():
+    dataset = small(Digits(train=False))
+    ours = list(create_val_loader(dataset, CONFIG, 16, 1, CPU))
+    theirs = create_loader(
+        dataset,
+        CONFIG["input_size"],
+        16,
+        num_workers=0,
+        distributed=True,
+        device=CPU,
+        **{key: value for key, value in CONFIG.items() if key != "input_size"},
+    )
+    assert_equal(ours, list(theirs))
+    assert sum(len(targets) for _, targets in ours) == 50
+
+
+@pytest.fixture
+def shards(tmp_path):
+    """WebDataset: 4 training shards of 16 images and one of 10 for validation, whose image i has class i % 2."""
+    lengths = {}
+    for name in [f"train-{i}.tar" for i in range(4)] + ["val-0.tar"]:
+        lengths[name] = 10 if name.startswith("val") else 16
+        with tarfile.open(tmp_path / name, "w") as archive:
+            for i in range(lengths[name]):
+                image = io.BytesIO()
+                Image.new("RGB", (40, 40), (15 * i, 255 * (i % 2), 0)).save(image, "PNG")
+                for suffix, content in (("png", image.getvalue()), ("cls", str(i % 2).encode())):
+                    member = tarfile.TarInfo(f"{name[:-4]}-{i:03d}.{suffix}")
+                    member.size = len(content)
+                    archive.addfile(member, io.BytesIO(content))
+    splits = {}
+    for split, start in (("train", "train"), ("validation", "val")):
+        files = [name for name in lengths if name.startswith(start)]
+        counts = [lengths[name] for name in files]
+        splits[split] = dict(name=split, num_samples=sum(counts), filenames=files, shard_lengths=counts)
+    (tmp_path / "_info.json").write_text(json.dumps(dict(splits=splits)))
+    return tmp_path
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_stream_is_the_same_stream_again(shards):
+    """WebDataset shards are read in order: the middle of an epoch is reached by reading up to it."""
+    train, val, classes = create_datasets(shards, "wds/", num_classes=2, batch_size=8)
+    assert classes == 2
+    stream = loader(1, train)
+    whole = list(epoch_batches(stream, seed=1, epoch=0))
+    assert len(whole) == len(stream) == 8
+    assert_equal(whole, list(epoch_batches(loader(1, train), seed=1, epoch=0)))
+    assert_equal(whole[5:], list(epoch_batches(loader(1, train), seed=1, epoch=0, first=5)))
+    assert not torch.equal(whole[0][0], next(iter(epoch_batches(stream, seed=1, epoch=1)))[0])
+    targets = torch.cat([targets for _, targets in create_val_loader(val, CONFIG, 4, 1, CPU)])
+    assert targets.tolist() == [0, 1] * 5
+    with pytest.raises(ValueError, match="a stream cannot give an image twice"):
+        loader(1, train, repeats=3)
+
+
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_class_out_of_range_is_named(shards):
+    train, _, _ = create_datasets(shards, "wds/", num_classes=1, batch_size=8)
+    with pytest.raises(ValueError, match="an image of class 1, but there are 1 classes, 0 the first"):
+        list(epoch_batches(loader(1, train), seed=1, epoch=0))
