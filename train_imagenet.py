@@ -62,7 +62,7 @@ from container.training import (
 RECIPES = Path(__file__).parent / "recipes"
 HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 # What may differ between a run and its continuation; the images of a step may be divided anew between processes.
-FREE = {"output", "resume", "device", "workers", "save_steps", "batch_size", "grad_accum", "recipe"}
+FREE = {"output", "resume", "recipe", "save_steps", "device", "workers", "data_dir", "batch_size", "grad_accum"}
 
 
 def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
@@ -89,7 +89,9 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
         "--amp", choices=("none", *HALF), help="16-bit type to compute in, with 32-bit weights; recipes set it for GPUs"
     )
     run.add_argument("--channels-last", action=switch, help="memory layout NHWC")
-    run.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the training")
+    run.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the training; none: do not"
+    )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data-dir", help="folder with train/CLASS/* and val/CLASS/*; without data, scikit-learn's digits"
@@ -138,6 +140,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")
     args = parse_with_recipe(parser, argv, RECIPES, recipe)
     args.recipe = recipe
+    args.compile = None if args.compile == "none" else args.compile
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
     for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes"):

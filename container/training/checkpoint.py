@@ -97,9 +97,13 @@ class Checkpoints:
     def load(self) -> Optional[Dict[str, Any]]:
         """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and passed over.
 
+        What an interrupted `write_atomically` has left in the folder is removed.
+
         Returns:
             What was saved, or None if there is none.
         """
+        for unfinished in self.folder.glob("*.tmp"):
+            unfinished.unlink()
         for path in self.paths():
             data = path.read_bytes()
             if path.stem.endswith(f"-{_digest(data)}"):
