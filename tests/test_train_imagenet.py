@@ -14,6 +14,7 @@ from collections import Counter
 
 import numpy as np
 import pytest
+import reference
 import timm
 import torch
 import yaml
@@ -253,6 +254,14 @@ def test_fine_tuning_keeps_all_but_the_classifier(here, tmp_path):
     assert len(names) > 100 and all(torch.equal(state[key], tuned[key]) for key in names)
 
 
+def test_the_released_layout_is_a_starting_point_too(here, tmp_path):
+    torch.save(dict(model=reference.random_state(0)), tmp_path / "released.pth")
+    frozen = ("--lr-base", "0", "--warmup-lr", "0", "--min-lr", "0", "--model", "container_light")
+    tuned = here("--checkpoint", str(tmp_path / "released.pth"), *frozen)["state_dict"]
+    assert torch.equal(tuned["stem.proj.weight"], reference.random_state(0)["patch_embed1.proj.weight"])
+    assert tuned["head.fc.weight"].shape == (2, 512)
+
+
 def test_evaluation_of_any_weights(folder, here, tmp_path, capsys):
     here(*PLAIN, "--epochs", "2")
     trained = rows(tmp_path / "output")
@@ -262,6 +271,8 @@ def test_evaluation_of_any_weights(folder, here, tmp_path, capsys):
         out = capsys.readouterr().out
         top1 = max(row["eval_top1"] for row in trained) if name == "best" else trained[-1]["eval_top1"]
         assert f"{top1:.2f} % top-1, 100.00 % top-5" in out and "12 images of 2 classes at 32 x 32" in out
+    with pytest.raises(SystemExit, match="the weights know 2 classes, and the data has 10"):
+        main([*SMALL, "--eval", "--checkpoint", str(tmp_path / "output" / file)])
     # Class folders without a split, as ImageNet-V2 comes.
     main(["--data-dir", str(folder / "val"), *SMALL, "--eval", "--checkpoint", str(tmp_path / "output" / file)])
     assert capsys.readouterr().out == out

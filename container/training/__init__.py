@@ -8,14 +8,17 @@ from .loader import create_train_loader, create_val_loader, epoch_batches
 from .plan import estimate
 from .recipe import parse_with_recipe
 from .report import Report, describe_environment
+from .run import HALF, Run, evaluate, tell_unreadable
 from .seeding import seed_everything
 
 __all__ = [
+    "HALF",
     "Checkpoints",
     "Digits",
     "Images",
     "Progress",
     "Report",
+    "Run",
     "StopSignal",
     "agree",
     "create_datasets",
@@ -24,10 +27,12 @@ __all__ = [
     "describe_environment",
     "epoch_batches",
     "estimate",
+    "evaluate",
     "join_group",
     "open_validation",
     "parse_with_recipe",
     "plot_curves",
     "seed_everything",
+    "tell_unreadable",
     "write_atomically",
 ]
