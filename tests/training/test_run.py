@@ -15,7 +15,7 @@ from conftest import ROOT
 
 from container.training import Checkpoints
 
-KILLS = 20
+KILLS = int(os.environ.get("CONTAINER_TEST_KILLS", 8))
 
 # All that is random is on: augmentation, repeats, erasing, mixup, stochastic depth. A step is two passes of one
 # process, or one of two.
@@ -26,7 +26,7 @@ SETTINGS = [
         "--img-size",
         "32",
         "--epochs",
-        "8",
+        "5",
         "--ema-decay",
         "0.9",
         "--drop-path",
@@ -40,10 +40,12 @@ SETTINGS = [
 SERVER = """
 import json, os, sys
 import torch
+import matplotlib.backends.backend_agg, matplotlib.figure, torch.utils.tensorboard
 import train_imagenet
 from torch.distributed.launcher.api import LaunchConfig, elastic_launch
 
 torch.set_num_threads(1)
+print("ready", flush=True)
 for line in sys.stdin:
     arguments, processes, log = json.loads(line)
     if (pid := os.fork()) == 0:
@@ -85,6 +87,7 @@ class Runs:
             text=True,
             env={**os.environ, "PYTHONPATH": str(ROOT)},
         )
+        assert self.server.stdout.readline() == "ready\n"
 
     def say(self, line):
         self.server.stdin.write(f"{line}\n")
@@ -120,7 +123,7 @@ def assert_same_end(a, b):
     for key in ("state_dict", "state_dict_ema"):
         first, second = (Checkpoints(output).load()[key] for output in (a, b))
         assert first.keys() == second.keys() and all(torch.equal(first[k], second[k]) for k in first)
-    assert numbers(a) == numbers(b) and len(numbers(a)) == 8
+    assert numbers(a) == numbers(b) and len(numbers(a)) == 5
     best = [(output / "model_best.safetensors").read_bytes() for output in (a, b)]
     assert best[0] == best[1]
 
@@ -138,7 +141,7 @@ def test_killed_at_random_moments(runs, tmp_path, processes):
     for kill in range(KILLS):
         output = tmp_path / f"killed-{kill}"
         group = runs.start(output, processes)
-        time.sleep(moment.uniform(0.1, 0.95) * duration)
+        time.sleep(moment.uniform(0.1, 0.85) * duration)
         os.killpg(group, signal.SIGKILL)
         status, log = runs.wait()
         assert status == -signal.SIGKILL, log
@@ -149,4 +152,4 @@ def test_killed_at_random_moments(runs, tmp_path, processes):
         assert not list(output.glob("*.tmp"))
         assert_same_end(tmp_path / "whole", output)
     print("\n".join(places))
-    assert len(set(places)) > 5  # the moments were spread over the run
+    assert len(set(places)) > 3  # the moments were spread over the run
