@@ -11,8 +11,8 @@ def plot_curves(summary: Union[str, Path], picture: Union[str, Path]) -> None:
     """Draws loss and accuracy over epochs.
 
     Args:
-        summary: The run's `summary.csv`, as `timm.utils.update_summary` writes it, with columns `epoch`, `train_loss`,
-            `eval_loss`, `eval_top1`.
+        summary: The run's `summary.csv`, with columns `epoch`, `train_loss`, `eval_loss`, `eval_top1`, and for averaged
+            weights `eval_ema_top1`.
         picture: The PNG to write.
     """
     # Not pyplot: it would choose a window system, and training machines have none.
@@ -21,9 +21,11 @@ def plot_curves(summary: Union[str, Path], picture: Union[str, Path]) -> None:
 
     with open(summary, newline="") as file:
         rows = list(csv.DictReader(file))
-    columns = {key: [float(row[key]) for row in rows] for key in ("train_loss", "eval_loss", "eval_top1")}
+    columns = {key: [float(row[key]) for row in rows] for key in rows[0]}
     epochs = [int(row["epoch"]) + 1 for row in rows]
-    best = max(range(len(rows)), key=columns["eval_top1"].__getitem__)
+    accuracies = {"eval_top1": ("weights", "#D55E00"), "eval_ema_top1": ("averaged weights", "#009E73")}
+    shown = {key: style for key, style in accuracies.items() if key in columns}
+    best, best_epoch = max((value, -epoch) for key in shown for value, epoch in zip(columns[key], epochs, strict=True))
 
     figure = Figure(figsize=(9, 3.5), layout="constrained")
     FigureCanvasAgg(figure)
@@ -32,12 +34,11 @@ def plot_curves(summary: Union[str, Path], picture: Union[str, Path]) -> None:
     losses.plot(epochs, columns["eval_loss"], marker=".", color="#D55E00", label="validation")
     losses.set(xlabel="epoch", ylabel="loss", ylim=(0, None))
     losses.legend(frameon=False)
-    accuracy.plot(epochs, columns["eval_top1"], marker=".", color="#D55E00")
-    accuracy.set(
-        xlabel="epoch",
-        ylabel="validation top-1, %",
-        title=f"best {columns['eval_top1'][best]:.2f} % in epoch {epochs[best]}",
-    )
+    for key, (label, color) in shown.items():
+        accuracy.plot(epochs, columns[key], marker=".", color=color, label=label)
+    if len(shown) > 1:
+        accuracy.legend(frameon=False)
+    accuracy.set(xlabel="epoch", ylabel="validation top-1, %", title=f"best {best:.2f} % in epoch {-best_epoch}")
     for axes in (losses, accuracy):
         axes.grid(alpha=0.3)
         axes.xaxis.get_major_locator().set_params(integer=True)

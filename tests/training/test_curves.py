@@ -6,6 +6,18 @@ from PIL import Image
 from container.training import plot_curves
 
 
+def count(picture, color):
+    return (np.abs(np.asarray(Image.open(picture).convert("RGB"), dtype=int) - color).sum(-1) < 30).sum()
+
+
+def test_averaged_weights_have_their_own_curve(tmp_path):
+    rows = [(0, 2.0, 1.9, 30, 10), (1, 1.0, 0.9, 60, 70)]
+    header = "epoch,train_loss,eval_loss,eval_top1,eval_ema_top1\n"
+    (tmp_path / "summary.csv").write_text(header + "".join(",".join(map(str, row)) + "\n" for row in rows))
+    plot_curves(tmp_path / "summary.csv", tmp_path / "curves.png")
+    assert count(tmp_path / "curves.png", (0x00, 0x9E, 0x73)) > 200
+
+
 def test_curves_show_the_run_and_are_reproducible(tmp_path):
     summary = tmp_path / "summary.csv"
     header = "epoch,train_loss,eval_loss,eval_top1,eval_top5,lr\n"
