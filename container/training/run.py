@@ -106,11 +106,11 @@ class Run:
         self.config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
         self.size = self.config["input_size"][-1]
         self.images = args.batch_size * args.grad_accum * self.world  # of a step
-        if len(self.train_set) < self.images:
-            raise ValueError(f"a step of {self.images} images for {len(self.train_set)} training images")
         self.loader = self.train_loader(self.size)
         self.val_loader = create_val_loader(val_set, self.config, args.batch_size, args.workers, task.device)
         self.steps = len(self.loader) // args.grad_accum  # of an epoch
+        if self.steps == 0:
+            raise ValueError(f"a step of {self.images} images for {len(train_set)} training images")
         lr, warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
         self.plan = (
