@@ -265,7 +265,8 @@ def main(argv: Optional[Sequence[str]] = None) -> float:
         if run.rank == 0:
             seconds, best = run.progress.total_seconds, run.output / "model_best.safetensors"
             print(f"\n{top1:.2f} % of {len(run.val_set)} validation images right after {seconds:.0f} s")
-            print(f"best epoch: {run.progress.best:.2f} %, in {best}")
+            kind = "averaged weights" if args.best == "ema" else "weights"
+            print(f"best {kind} of an epoch: {run.progress.best:.2f} %, in {best}")
             print(f"curves: {run.output / 'curves.png'}")
         return top1
     finally:
