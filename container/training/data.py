@@ -209,6 +209,8 @@ def create_datasets(
     val: Any
     if data_dir is not None and not Path(data_dir).is_dir():
         raise FileNotFoundError(f"no folder {data_dir}")
+    if data_dir is None and kind in ("torch", "wds"):
+        raise ValueError(f"{dataset} needs the folder that it is in: --data-dir")
     if kind == "digits":
         train, val = Digits(train=True), Digits(train=False)
         names, val_names = [list(map(str, range(Digits.num_classes)))] * 2

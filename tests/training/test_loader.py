@@ -110,6 +110,13 @@ def test_a_stream_is_the_same_stream_again(shards):
     assert not torch.equal(whole[0][0], next(iter(epoch_batches(stream, seed=1, epoch=1)))[0])
     targets = torch.cat([targets for _, targets in create_val_loader(val, CONFIG, 4, 1, CPU)])
     assert targets.tolist() == [0, 1] * 5
+    patterns = create_datasets(
+        shards, "wds/", ("train-{0..3}.tar|64", "val-{0..0}.tar|10"), num_classes=2, batch_size=8
+    )
+    by_pattern = list(epoch_batches(loader(1, patterns[0]), seed=1, epoch=0))
+    assert_equal(whole, by_pattern)
+    with pytest.raises(ValueError, match="wds/ needs the folder that it is in: --data-dir"):
+        create_datasets(None, "wds/", num_classes=2)
     with pytest.raises(ValueError, match="a stream cannot give an image twice"):
         loader(1, train, repeats=3)
 
