@@ -145,7 +145,7 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
         options["img_size"] = args.img_size  # others take any size, and some no such argument
     known = cfg.num_classes if cfg else None
     if args.checkpoint:
-        weights = container.weights.read(args.checkpoint, use_ema=args.best == "ema")
+        weights = container.weights.read(args.checkpoint, use_ema=None if args.best == "ema" else False)
         if (head := weights.get(f"{cfg.classifier}.weight" if cfg else "")) is not None:
             known = len(head)
         options["pretrained_cfg_overlay"] = dict(state_dict=weights, num_classes=known)

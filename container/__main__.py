@@ -1,18 +1,151 @@
-"""`python -m container SCRIPT ...` runs a timm script (train.py, validate.py, ...) with the models registered."""
+"""The `container` command, also `python -m container`: the zoo, its weights, and timm's scripts with the models.
 
+container list                       the family
+container weights list               the weights, and which of them are here
+container weights show NAME          a record
+container weights verify [NAME]      files that are here, against their records
+container weights import FILE --as NAME [--out FILE] [--ema]
+container weights export NAME FOLDER
+container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
+"""
+
+import argparse
+import json
 import os
 import runpy
 import sys
+from typing import List, Optional
+
+from . import weights, zoo
 
 
-def main() -> None:
-    """Runs the script named by the first argument with the rest of them, as `python SCRIPT ...` would."""
-    if len(sys.argv) < 2:
-        raise SystemExit("usage: python -m container SCRIPT [ARGUMENT ...]")
-    del sys.argv[0]
-    if not os.path.isfile(sys.argv[0]):
-        raise SystemExit(f"no script at {sys.argv[0]}")
-    runpy.run_path(sys.argv[0], run_name="__main__")
+def main(argv: Optional[List[str]] = None) -> None:
+    """Runs a command.
+
+    Args:
+        argv: Arguments, or None for those of the process.
+
+    Raises:
+        SystemExit: With a line that says what is wrong, or because the script ended so.
+    """
+    argv = sys.argv[1:] if argv is None else argv
+    if argv[:1] == ["run"]:
+        run(argv[1:])
+    elif argv and os.path.splitext(argv[0])[1] == ".py":
+        run(argv)
+    else:
+        args = _parser().parse_args(argv)
+        try:
+            args.command(args)
+        except KeyError as error:
+            raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
+        except (OSError, RuntimeError, ValueError) as error:
+            raise SystemExit(f"container: {error}") from None
+
+
+def run(argv: List[str]) -> None:
+    """Runs a script as `python SCRIPT ...` would, with the models registered.
+
+    Args:
+        argv: The script and its arguments.
+
+    Raises:
+        SystemExit: There is no such script, or it ended so.
+    """
+    if not argv:
+        raise SystemExit("usage: container run SCRIPT [ARGUMENT ...]")
+    if not os.path.isfile(argv[0]):
+        raise SystemExit(f"no script at {argv[0]}")
+    sys.argv[:] = argv
+    runpy.run_path(argv[0], run_name="__main__")
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        "container", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    family = commands.add_parser("list", help="the family")
+    family.add_argument("--markdown", action="store_true", help="as the README's table")
+    family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
+    commands.add_parser("run", help="a script of timm's, with the models", add_help=False)
+
+    group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
+    group.add_parser("list", help="the weights, and which of them are here").set_defaults(command=_list)
+    show = group.add_parser("show", help="a record")
+    show.add_argument("name", metavar="NAME")
+    show.set_defaults(command=_show)
+    verify = group.add_parser("verify", help="files that are here, against their records")
+    verify.add_argument("name", metavar="NAME", nargs="?")
+    verify.set_defaults(command=_verify)
+    convert = group.add_parser("import", help="a checkpoint to safetensors in our layout, with a record")
+    convert.add_argument("file", metavar="FILE")
+    convert.add_argument("--as", dest="name", metavar="NAME", required=True, help="architecture.tag")
+    convert.add_argument("--out", help="file to write; NAME.safetensors here if not given")
+    convert.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights, where there are both")
+    convert.set_defaults(command=_import)
+    export = group.add_parser("export", help="a folder for local-dir: and the Hugging Face Hub")
+    export.add_argument("name", metavar="NAME")
+    export.add_argument("out", metavar="FOLDER")
+    export.set_defaults(command=_export)
+    return parser
+
+
+def _list(args: argparse.Namespace) -> None:
+    rows = [("weights", "status", "licence", "MB", "top-1 %", "data", "measured by", "here")]
+    for name, record in weights.manifest().items():
+        if (file := record["file"]) is None:
+            continue
+        result = next((r for r in record["results"] if r["metric"] == "top1"), {})
+        size = f"{file['bytes'] / 1e6:.1f}" if file["bytes"] else "?"
+        rows.append(
+            (
+                name,
+                record["status"],
+                record["license"]["weights"] or "none stated",
+                size,
+                str(result.get("value", "")),
+                result.get("data", ""),
+                result.get("measured_by", ""),
+                str(weights.find(name) or "no"),
+            )
+        )
+    print(zoo.columns(rows))
+
+
+def _show(args: argparse.Namespace) -> None:
+    print(json.dumps(weights.manifest()[args.name], indent=2, ensure_ascii=False))
+    print(f"here: {weights.find(args.name) or 'no'}")
+
+
+def _verify(args: argparse.Namespace) -> None:
+    names = [args.name] if args.name else [name for name, record in weights.manifest().items() if record["file"]]
+    failed = False
+    for name in names:
+        try:
+            path, digest = zoo.verify(name)
+            kind = "whole" if weights.manifest()[name]["file"]["sha256"] else "of the right layout, but unverified"
+            print(f"{name}: {kind}, sha256 {digest}, {path}")
+        except FileNotFoundError as error:
+            print(f"{name}: {error}")
+            failed |= args.name is not None
+        except (RuntimeError, ValueError) as error:
+            print(f"{name}: REFUSED, {error}")
+            failed = True
+    if failed:
+        raise SystemExit(1)
+
+
+def _import(args: argparse.Namespace) -> None:
+    out = args.out or f"{args.name}.safetensors"
+    _, record = zoo.convert(args.file, args.name, out, args.ema)
+    print(json.dumps({args.name: record}, indent=2, ensure_ascii=False))
+    print(f"sha256 {record['file']['sha256']}, {out}", file=sys.stderr)
+
+
+def _export(args: argparse.Namespace) -> None:
+    zoo.export(args.name, args.out)
+    print(f'timm.create_model("local-dir:{args.out}", pretrained=True)')
 
 
 if __name__ == "__main__":

@@ -11,7 +11,6 @@ from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Ty
 
 import torch
 import torch.nn.functional as F
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     LayerNorm2d,
@@ -552,42 +551,15 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
-        "url": "",
-        "num_classes": 1000,
-        "input_size": (3, 224, 224),
-        "pool_size": (7, 7),
-        "crop_pct": 0.875,
-        "interpolation": "bicubic",
-        "mean": IMAGENET_DEFAULT_MEAN,
-        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.proj",
         "classifier": "head.fc",
-        "license": "apache-2.0",
         "paper_ids": "arXiv:2106.01401",
         "paper_name": "Container: Context Aggregation Network",
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs(
-    {
-        "container_light.ai2_in1k": _cfg(**weights.pretrained_cfg("container_light.ai2_in1k")),
-        "container_light_mlp4.untrained": _cfg(),
-        "container_light_nano.untrained": _cfg(),
-        "container_light_tiny.untrained": _cfg(),
-        "container_light_base.untrained": _cfg(),
-        "container_light_nano_32.untrained": _cfg(
-            num_classes=10, input_size=(3, 32, 32), pool_size=(4, 4), crop_pct=1.0
-        ),
-        "container.untrained": _cfg(),
-        "container_nano.untrained": _cfg(),
-        "container_pam.untrained": _cfg(fixed_input_size=True),
-        "container_attention.untrained": _cfg(),
-        "container_conv.untrained": _cfg(),
-        "container_mixer.untrained": _cfg(fixed_input_size=True),
-        "container_mixer_mh.untrained": _cfg(fixed_input_size=True),
-    }
-)
+default_cfgs = generate_default_cfgs({name: _cfg(**weights.default_cfg(name)) for name in weights.manifest()})
 
 # A token matrix of every head over 56 x 56 or 28 x 28 tokens would hold more parameters than the rest of the network.
 _RANKS = (16, 16, 0, 0)
@@ -611,9 +583,9 @@ def container_light(pretrained: bool = False, **kwargs: Any) -> Container:
 
 @register_model
 def container_light_mlp4(pretrained: bool = False, **kwargs: Any) -> Container:
-    """CONTAINER-LIGHT with MLP ratio 4 in every stage.
+    """CONTAINER-LIGHT with MLP ratio 4 in every stage. Reconstruction.
 
-    Reconstruction: fits the "20M, 82.0" of the authors' first README, and the paper's 20M; the release differs.
+    Fits the "20M, 82.0" of the authors' first README, and the paper's 20M; the release differs.
     """
     return _create_container("container_light_mlp4", pretrained, **kwargs)
 
@@ -647,9 +619,9 @@ def container_light_base(pretrained: bool = False, **kwargs: Any) -> Container:
 
 @register_model
 def container(pretrained: bool = False, **kwargs: Any) -> Container:
-    """CONTAINER: attention and 5x5 convolution mixed in every stage, by the paper's free alpha and beta.
+    """CONTAINER: attention and 5x5 convolution mixed in every stage, gated by free alpha and beta. Reconstruction.
 
-    Reconstruction: `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing of it was
+    `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing of it was
     released.
     """
     model_args = dict(dynamic="attention", gate="free")
@@ -665,9 +637,9 @@ def container_nano(pretrained: bool = False, **kwargs: Any) -> Container:
 
 @register_model
 def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
-    """CONTAINER-PAM: a matrix per head added to attention after the softmax, alpha = beta = 1.
+    """CONTAINER-PAM: a matrix per head added to attention after the softmax, alpha = beta = 1. Reconstruction.
 
-    Reconstruction: the paper's listing changes DeiT; this is the same change on `container`. Tied to its image size.
+    The paper's listing changes DeiT; this is the same change on `container`. Tied to its image size.
     """
     model_args = dict(dynamic="attention", static="matrix", gate="sum", ranks=_RANKS)
     return _create_container("container_pam", pretrained, **dict(model_args, **kwargs))

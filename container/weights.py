@@ -1,21 +1,44 @@
 """Weights: what `weights_manifest.json` records, and how a checkpoint gets from a file to a model.
 
-The manifest has one record per weights entry, under its timm name `architecture.tag`; an unknown is null.
+The manifest has one record per weights entry, under its timm name `architecture.tag`; an unknown is null. timm's
+default cfgs are made from it, and nothing is loaded that contradicts it.
 """
 
 import json
+import logging
+import os
 import re
+import zipfile
 from functools import cache
 from pathlib import Path
 from typing import Any, Dict, Optional, Union
 
 import torch
+from huggingface_hub import hf_hub_url
 from timm.models import load_state_dict, resolve_pretrained_cfg
 from torch import Tensor
 
-__all__ = ["from_released", "is_released", "manifest", "pretrained_cfg", "read", "resolve"]
+from .files import download, sha256_of, web_page
 
+__all__ = [
+    "check",
+    "default_cfg",
+    "find",
+    "from_released",
+    "is_released",
+    "manifest",
+    "obtain",
+    "read",
+    "resolve",
+    "weights_dir",
+]
+
+_logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent
+
+
+def _packaged(name: str) -> Path:
+    return _PACKAGE / "pretrained" / f"{name}.safetensors"
 
 
 @cache
@@ -26,8 +49,8 @@ def manifest() -> Dict[str, Dict[str, Any]]:
     return json.loads(path.read_text(encoding="utf-8"))["weights"]
 
 
-def pretrained_cfg(name: str) -> Dict[str, Any]:
-    """The record's input and licence as entries of timm's pretrained cfg.
+def default_cfg(name: str) -> Dict[str, Any]:
+    """A record as timm's pretrained cfg.
 
     Args:
         name: `architecture.tag`.
@@ -36,17 +59,80 @@ def pretrained_cfg(name: str) -> Dict[str, Any]:
         KeyError: The manifest has no such record.
     """
     record = manifest()[name]
-    size = record["input"]
+    file = record["file"] or {}
+    given = {key: tuple(value) if isinstance(value, list) else value for key, value in record["input"].items()}
+    source: Dict[str, Any] = dict(url="")
+    if file.get("sha256"):  # what nobody can verify is no source: timm would announce it, and try
+        source.update(url=file["url"] or "", hf_hub_id=file["hf_hub_id"])
+    if file.get("packaged"):
+        source.update(file=str(_packaged(name)))
     return dict(
-        input_size=tuple(size["input_size"]),
-        mean=tuple(size["mean"]),
-        std=tuple(size["std"]),
-        interpolation=size["interpolation"],
-        crop_pct=size["crop_pct"],
+        source,
+        **given,
         num_classes=record["num_classes"],
-        license=record["license"]["weights"] or "unknown",
+        label_names=tuple(record["label_names"]) if record["label_names"] else None,
+        license=record["license"]["weights"] or (record["license"]["code"] if not file else "unknown"),
         origin_url=record["origin_url"],
     )
+
+
+def weights_dir() -> Path:
+    """Where weights are looked for and downloaded to: `CONTAINER_WEIGHTS_DIR`, or torch hub's folder of checkpoints."""
+    return Path(os.environ.get("CONTAINER_WEIGHTS_DIR") or Path(torch.hub.get_dir(), "checkpoints"))
+
+
+def find(name: str) -> Optional[Path]:
+    """The file of a record if it is here, in the package or in `weights_dir()`; unread, so unverified.
+
+    Args:
+        name: `architecture.tag`.
+
+    Raises:
+        KeyError: The manifest has no such record.
+    """
+    file = manifest()[name]["file"]
+    if file is None:
+        return None
+    places = [_packaged(name)] if file["packaged"] else []
+    places += [weights_dir() / f"{name}.{suffix}" for suffix in ("safetensors", "pth")]
+    return next((path for path in places if path.is_file()), None)
+
+
+def check(name: str, path: Union[str, Path]) -> str:
+    """Holds a file against its record's size and sha256, or against a pin where nobody published a hash.
+
+    A pin is a file beside it, `FILE.sha256`, as `sha256sum` writes it.
+
+    Args:
+        name: `architecture.tag`.
+        path: The file.
+
+    Returns:
+        Its sha256.
+
+    Raises:
+        RuntimeError: It is another file.
+    """
+    file, pin = manifest()[name]["file"] or {}, Path(f"{path}.sha256")
+    if page := web_page(path):
+        raise RuntimeError(f"{path} is {page}, not the weights {name}: download the file itself, {file.get('url')}")
+    expected, by = file.get("sha256"), "its record"
+    if not expected and pin.is_file():
+        expected, by = (pin.read_text().split() or [""])[0].lower(), pin.name
+    size, found = Path(path).stat().st_size, sha256_of(path)
+    if file.get("bytes") not in (None, size):
+        raise RuntimeError(f"{path} has {size} bytes, and the weights {name} have {file['bytes']}: delete it")
+    if expected not in (None, found):
+        raise RuntimeError(f"{path} has sha256 {found}, and {by} says {expected}: delete it")
+    if not expected:
+        _logger.warning(
+            "%s is unverified: nobody published the hash of %s. Its sha256 is %s; "
+            "`sha256sum FILE > FILE.sha256` beside it pins it.",
+            path,
+            name,
+            found,
+        )
+    return found
 
 
 # Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
@@ -54,9 +140,10 @@ def pretrained_cfg(name: str) -> Dict[str, Any]:
 _RELEASED_NAMES = (
     (r"^patch_embed1\.", "stem."),
     *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
+    (r"^(blocks[123]\.\d+)\.attn\.", r"\1.aggregation.static.conv."),
+    (r"^(blocks4\.\d+)\.conv\.", r"\1.aggregation.static.conv."),
     *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
     (r"\.pos_embed\.", ".pos_conv."),
-    (r"\.(attn|conv)\.", ".aggregation.static.conv."),
     (r"\.conv1\.", ".aggregation.value."),
     (r"\.conv2\.", ".aggregation.proj."),
     (r"\.sa_weight$", ".aggregation.gate.logit"),
@@ -77,37 +164,92 @@ def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
     Returns:
         The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
+
+    Raises:
+        ValueError: Keys cannot be those of the release.
     """
-    renamed = {}
+    renamed: Dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
-        mixed = key.partition(".conv1.")[0] + ".sa_weight" in state_dict
+        old, mixed = key, key.partition(".conv1.")[0] + ".sa_weight" in state_dict
         for pattern, name in _RELEASED_NAMES:
             key = re.sub(pattern, name, key)
+        if key == old and not key.startswith("norm."):
+            raise ValueError(f"checkpoint is not in the released layout: unexpected key {old}")
         if mixed and ".aggregation.value." in key:
+            if not tensor.ndim or len(tensor) % 3:
+                raise ValueError(f"checkpoint is not in the released layout: {old} of shape {tuple(tensor.shape)}")
             q, k, tensor = tensor.chunk(3)
             renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
         renamed[key] = tensor
     return renamed
 
 
-def read(path: Union[str, Path], use_ema: bool = True) -> Dict[str, Any]:
+def read(path: Union[str, Path], use_ema: Optional[bool] = None) -> Dict[str, Tensor]:
     """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
-
-    Of a released checkpoint these are the weights under `model`, which the authors evaluated; they never evaluated
-    its `model_ema`.
 
     Args:
         path: The file.
-        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint that has them, as timm does.
+        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint that has them. None means those
+            that were evaluated: of the released layout the weights under `model`, as its authors did; else averaged
+            ones, as timm does.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: It is not a checkpoint, or holds more than tensors and plain values.
+        RuntimeError: It is not a checkpoint, holds more than tensors and plain values, or numbers that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    state_dict = load_state_dict(str(path), use_ema=use_ema)
-    return load_state_dict(str(path), use_ema=False) if is_released(state_dict) else state_dict
+    if page := web_page(path):
+        raise RuntimeError(f"{path} is {page}, not a checkpoint")
+    try:
+        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
+            raise RuntimeError(f"checksum of {damaged} is wrong")
+        state_dict = load_state_dict(str(path), use_ema=use_ema is not False)
+        if use_ema is None and is_released(state_dict):
+            state_dict = load_state_dict(str(path), use_ema=False)
+    except Exception as error:  # whatever a damaged or foreign file makes its parsers raise
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {reason}") from error
+    if not state_dict or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
+        other = next((key for key, tensor in state_dict.items() if not isinstance(tensor, Tensor)), "nothing")
+        raise RuntimeError(f"{path} is not a state dict of tensors: it holds {other}")
+    for key, tensor in state_dict.items():
+        if not torch.isfinite(tensor).all():
+            raise RuntimeError(f"{path}: {key} has {(~torch.isfinite(tensor)).sum()} numbers that are NaN or infinite")
+    return state_dict
+
+
+def obtain(name: str) -> Path:
+    """The verified file of a record, downloaded if it has to be.
+
+    Args:
+        name: `architecture.tag`.
+
+    Raises:
+        KeyError: The manifest has no such record.
+        RuntimeError: There is no file to be had, or it is another one than the record's.
+    """
+    file = manifest()[name]["file"]
+    if file is None:
+        raise RuntimeError(f"No pretrained weights exist for {name}. Use `pretrained=False` for random init.")
+    path = find(name)
+    if path is None:
+        path = weights_dir() / f"{name}.{file['format']}"
+        if not file["sha256"]:
+            raise RuntimeError(
+                f"the weights {name} have to be downloaded by hand, as nobody published their hash: put the file from "
+                f"{file['url']} at {path} (CONTAINER_WEIGHTS_DIR), or pass pretrained_cfg_overlay=dict(file=PATH)"
+            )
+        url = file["url"] or hf_hub_url(file["hf_hub_id"], f"{name}.{file['format']}")
+        try:
+            download(url, path, file["bytes"], file["sha256"])
+        except OSError as error:
+            raise RuntimeError(
+                f"cannot download the weights {name}: {error}. Without a network, put that file "
+                f"({file['bytes']} bytes, sha256 {file['sha256']}) at {path} (CONTAINER_WEIGHTS_DIR)"
+            ) from error
+    check(name, path)
+    return path
 
 
 def resolve(
@@ -121,22 +263,21 @@ def resolve(
         overlay: `pretrained_cfg_overlay` given to `timm.create_model`.
 
     Returns:
-        The overlay, with the state dict of a file in it; a Hub id, URL or folder is left to timm.
+        The overlay, with the state dict of a file in it; a Hub id, URL or folder that the user named is left to timm.
 
     Raises:
         FileNotFoundError: The file named does not exist.
-        RuntimeError: The weights exist, but can only be had by hand.
+        RuntimeError: The weights cannot be had, or are not what their record says.
     """
     overlay = dict(overlay or {})
     cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
-    if cfg.source == "local-dir" or cfg.state_dict:
-        return overlay
-    if cfg.file:
-        return dict(overlay, state_dict=read(cfg.file))
-    record = manifest().get(f"{variant}.{cfg.tag}")
-    if record is not None and not (cfg.url or cfg.hf_hub_id):
-        raise RuntimeError(
-            f"the weights {variant}.{cfg.tag} have to be downloaded by hand, and nobody published their hash: get "
-            f"{record['file']['url']} and pass pretrained_cfg_overlay=dict(file=PATH)"
-        )
+    name = f"{variant}.{cfg.tag}"
+    own = not any(overlay.get(key) for key in ("url", "file", "hf_hub_id", "state_dict"))
+    if own and not isinstance(pretrained_cfg, dict) and manifest().get(name, {}).get("file"):
+        return dict(overlay, state_dict=read(obtain(name)))
+    if cfg.file and not cfg.state_dict and cfg.source != "local-dir":
+        state_dict = read(cfg.file)
+        if is_released(state_dict):
+            check(name, cfg.file)
+        return dict(overlay, state_dict=state_dict)
     return overlay

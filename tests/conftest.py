@@ -2,14 +2,17 @@
 
 import os
 import random
+import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
+from server import Server
 
-import container  # noqa: F401  registers the models
+import container  # registers the models
+import container.files
 
 ROOT = Path(__file__).parent.parent
 # Data that cannot be committed for its licence or size; beside the checkout unless this variable names another place.
@@ -44,6 +47,16 @@ def folder(tmp_path: Path) -> Path:
                 pixels = np.random.randint(level - 25, level + 25, (40, 36, 3), dtype=np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "data" / split / name / f"{i}.jpg")
     return tmp_path / "data"
+
+
+@pytest.fixture
+def server(monkeypatch):
+    """A server on loopback; who asks it again does not wait long."""
+    monkeypatch.setattr(container.files, "_PAUSE", 0.001)
+    with Server() as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield server
+        server.shutdown()
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:

@@ -1,45 +1,267 @@
 """The manifest, and the way of a checkpoint from a file to a model."""
 
+import hashlib
 import json
 import os
 import pickle
+import random
+import shutil
 import subprocess
 import sys
 
+import jsonschema
 import pytest
 import reference
+import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, shared
+from server import PAGE
 
-from container import weights
+from container import files, weights
+from container.container import checkpoint_filter_fn
 
-NAME = "container_light.ai2_in1k"
+RELEASED, OURS = "container_light.ai2_in1k", "container_light_nano_32.cifar10"
+PACKAGED = ROOT / "container" / "pretrained" / f"{OURS}.safetensors"
+SCHEMA = json.loads((ROOT / "container" / "weights_manifest.schema.json").read_text())
+MANIFEST = json.loads((ROOT / "weights_manifest.json").read_text())
+STATE = safetensors.torch.load_file(PACKAGED)
 
 
-def test_manifest_has_the_released_record_and_says_what_is_unknown():
-    assert weights.manifest() == json.loads((ROOT / "weights_manifest.json").read_text())["weights"]
-    record = weights.manifest()[NAME]
-    assert f"{record['architecture']}.{record['tag']}" == NAME and record["architecture"] in timm.list_models()
+def test_manifest_follows_its_schema():
+    jsonschema.Draft202012Validator.check_schema(SCHEMA)
+    jsonschema.validate(MANIFEST, SCHEMA)
+    assert weights.manifest() == MANIFEST["weights"]
+    for name, record in weights.manifest().items():
+        assert f"{record['architecture']}.{record['tag']}" == name
+        assert len(record["label_names"] or range(record["num_classes"])) == record["num_classes"]
+        assert all(result["command"] or "authors" in result["measured_by"] for result in record["results"])
+    assert sorted({r["architecture"] for r in weights.manifest().values()}) == timm.list_models(module="container")
+
+
+@pytest.mark.parametrize(
+    "name, change",
+    [
+        (OURS, dict(status="verified")),
+        (OURS, dict(status="unverified")),
+        (OURS, dict(results=[])),
+        (OURS, dict(training=None)),
+        (OURS, dict(file=None)),
+        (OURS, dict(limits="")),
+        (OURS, dict(extra=1)),
+        (OURS, dict(results=[dict(MANIFEST["weights"][OURS]["results"][0], value=101)])),
+        (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], sha256=None))),
+        (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], packaged=False))),
+        (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], format="pth"))),
+        (RELEASED, dict(status="available")),
+        (RELEASED, dict(status="untrained")),
+        ("container.untrained", dict(results=MANIFEST["weights"][OURS]["results"])),
+    ],
+)
+def test_schema_refuses(name, change):
+    record = dict(MANIFEST["weights"][name], **change)
+    with pytest.raises(jsonschema.ValidationError):
+        jsonschema.validate(dict(weights={name: record}), SCHEMA)
+
+
+def test_released_record_says_what_is_unknown():
+    record = weights.manifest()[RELEASED]
     assert record["status"] == "unverified"
     assert record["file"]["sha256"] is None and record["file"]["bytes"] is None and record["license"]["weights"] is None
     assert "MIT" in record["license"]["stated"] and "Apache 2.0" in record["license"]["stated"]
     assert all(result["measured_by"].startswith("the paper's authors") for result in record["results"])
 
 
-def test_default_cfg_is_the_record():
-    cfg, record = timm.get_pretrained_cfg(NAME), weights.manifest()[NAME]
+@pytest.mark.parametrize("name", MANIFEST["weights"])
+def test_default_cfg_is_the_record(name):
+    cfg, record = timm.get_pretrained_cfg(name), weights.manifest()[name]
     for key, value in record["input"].items():
         assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
     assert cfg.num_classes == record["num_classes"] and cfg.origin_url == record["origin_url"] and not cfg.url
+    assert timm.is_model_pretrained(name) == (record["status"] == "available")
 
 
-def test_weights_that_have_to_be_fetched_by_hand():
-    for name in ("container_light", NAME):
-        with pytest.raises(
-            RuntimeError, match=r"downloaded by hand.*get https://drive.google.com/.* and pass pretrained"
-        ):
+def test_packaged_weights_are_those_of_the_record():
+    file = weights.manifest()[OURS]["file"]
+    data = PACKAGED.read_bytes()
+    assert len(data) == file["bytes"] and hashlib.sha256(data).hexdigest() == file["sha256"]
+    state = safetensors.torch.load(data)
+    for name in ("container_light_nano_32", OURS):
+        model = timm.create_model(name, pretrained=True)
+        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
+    assert timm.list_pretrained("container*") == [OURS]
+
+
+def test_packaged_weights_in_other_models():
+    """Fewer channels, other classes, other sizes, features: as timm has it."""
+    state = safetensors.torch.load_file(PACKAGED)
+    kernel = state["stem.proj.weight"]
+    model = timm.create_model(OURS, pretrained=True, in_chans=1, num_classes=3)
+    torch.testing.assert_close(model.stem.proj.weight, kernel.sum(1, keepdim=True))
+    assert model.head.fc.out_features == 3 and torch.equal(model.norm.weight, state["norm.weight"])
+    assert timm.create_model(OURS, pretrained=True, num_classes=0)(torch.randn(2, 3, 47, 32)).shape == (2, 128)
+    features = timm.create_model(OURS, pretrained=True, features_only=True).eval()
+    full = timm.create_model(OURS, pretrained=True).eval()
+    x = torch.randn(2, 3, 32, 32)
+    torch.testing.assert_close(full.norm(features(x)[-1]), full.forward_features(x))
+
+
+@pytest.mark.slow
+def test_packaged_weights_have_the_accuracy_of_the_record(tmp_path):
+    """The record's command, literally, on the CIFAR-10 of the record."""
+    archive = shared("data/cifar10.tar.xz")
+    results = weights.manifest()[OURS]["results"]
+    assert len({result["command"] for result in results}) == 1
+    command = results[0]["command"].split()
+    assert command[0] == "python"
+    subprocess.run(["tar", "-xJf", archive, "-C", tmp_path], check=True)
+    command[0], command[1] = sys.executable, str(ROOT / command[1])
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
+    top1, top5 = (next(r["value"] for r in results if r["metric"] == metric) for metric in ("top1", "top5"))
+    assert f"{top1:.2f} % top-1, {top5:.2f} % top-5" in printed
+
+
+@pytest.fixture
+def place(tmp_path, monkeypatch):
+    """The weights folder of this test, where OURS is looked for as if it were not packaged."""
+    monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path / "weights"))
+    (tmp_path / "weights").mkdir()
+    file = weights.manifest()[OURS]["file"]
+    monkeypatch.setitem(weights.manifest()[OURS], "file", dict(file, packaged=False, url="http://127.0.0.1:9/none"))
+    return tmp_path / "weights"
+
+
+def load(**kwargs):
+    return timm.create_model("container_light_nano_32", pretrained=True, **kwargs)
+
+
+@pytest.fixture
+def served(server, place, monkeypatch):
+    """The server, where OURS is to be downloaded from."""
+    server.content = PACKAGED.read_bytes()
+    monkeypatch.setitem(weights.manifest()[OURS]["file"], "url", server.url)
+    return server
+
+
+def test_downloaded_once(served, place):
+    state = safetensors.torch.load_file(PACKAGED)
+    served.limits = [10**6, 10**6]
+    for _ in range(2):
+        assert torch.equal(load().head.fc.weight, state["head.fc.weight"])
+    assert served.asked == [None, "bytes=1000000-", "bytes=2000000-"]
+    assert [path.name for path in place.iterdir()] == [PACKAGED.name]
+
+
+def test_from_the_hub(served, place, monkeypatch):
+    monkeypatch.setattr(
+        "container.weights.hf_hub_url", lambda repo, file: served.url if (repo, file) == ("o/n", PACKAGED.name) else ""
+    )
+    file = dict(weights.manifest()[OURS]["file"], url=None, hf_hub_id="o/n")
+    monkeypatch.setitem(weights.manifest()[OURS], "file", file)
+    load()
+    assert len(served.asked) == 1
+    assert weights.default_cfg(OURS)["hf_hub_id"] == "o/n" and not weights.default_cfg(OURS)["url"]
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (PAGE, 'this is a web page, "Google Drive - Virus scan warning"'),
+        (PACKAGED.read_bytes()[:-1] + b"x", "has sha256"),
+    ],
+)
+def test_a_server_with_something_else(served, place, content, message):
+    served.content = content
+    with pytest.raises(RuntimeError, match=message) as error:
+        load()
+    file = weights.manifest()[OURS]["file"]
+    for hint in (OURS, served.url, str(place / PACKAGED.name), str(file["bytes"]), file["sha256"]):
+        assert hint in str(error.value)
+    assert list(place.iterdir()) == [] and "\n" not in str(error.value)
+
+
+def test_no_network_but_a_file_placed_by_hand(place, monkeypatch):
+    monkeypatch.setattr(files, "_PAUSE", 0.001)
+    with pytest.raises(RuntimeError, match=r"cannot download the weights .* no connection \(.*Without a network, put"):
+        load()
+    shutil.copy(PACKAGED, place)
+    assert torch.equal(load().norm.weight, safetensors.torch.load_file(PACKAGED)["norm.weight"])
+    (place / PACKAGED.name).write_bytes(PACKAGED.read_bytes()[:-4])
+    with pytest.raises(RuntimeError, match=r"has 3685604 bytes, and the weights .* have 3685608"):
+        load()
+    (place / PACKAGED.name).write_bytes(PAGE)
+    with pytest.raises(RuntimeError, match=r"Virus scan warning.*not the weights"):
+        load()
+
+
+EIGHT = """
+import multiprocessing, sys
+import timm, torch
+from container import weights
+name, url, packaged = sys.argv[1:]
+torch.set_num_threads(1)
+weights.manifest()[name]["file"].update(packaged=False, url=url)
+
+def ask(queue):
+    model = timm.create_model(name, pretrained=True)
+    queue.put(float(sum(p.double().sum() for p in model.state_dict().values())))
+
+if __name__ == "__main__":
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    processes = [context.Process(target=ask, args=(queue,)) for _ in range(8)]
+    for process in processes: process.start()
+    print(*{queue.get(timeout=60) for _ in processes})
+    for process in processes: process.join()
+"""
+
+
+@pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that torch is imported once")
+def test_eight_processes_at_once(served, place):
+    served.pause = 0.01
+    result = subprocess.run(
+        [sys.executable, "-c", EIGHT, OURS, served.url, str(PACKAGED)],
+        env={**os.environ, "PYTHONPATH": str(ROOT)},
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    expected = sum(p.double().sum() for p in timm.create_model(OURS, pretrained=True).state_dict().values())
+    assert result.stdout == f"{expected}\n", result.stderr
+    assert len(served.asked) == 1 and [path.name for path in place.iterdir()] == [PACKAGED.name]
+
+
+def test_the_released_file_placed_by_hand(place, caplog):
+    """Unverified, so its hash is shown; pinned, another one is refused."""
+    for name in ("container_light", RELEASED):
+        with pytest.raises(RuntimeError, match=r"downloaded by hand.*https://drive.google.com/.* at .*\.ai2_in1k\.pth"):
             timm.create_model(name, pretrained=True, device="meta")
+    path = place / f"{RELEASED}.pth"
+    torch.save(dict(model=reference.random_state(0)), path)
+    timm.create_model("container_light", pretrained=True)
+    digest = hashlib.sha256(path.read_bytes()).hexdigest()
+    assert f"is unverified: nobody published the hash of {RELEASED}. Its sha256 is {digest}" in caplog.text
+    caplog.clear()
+    subprocess.run(f"sha256sum {path} > {path}.sha256", shell=True, check=True)
+    timm.create_model("container_light", pretrained=True)
+    assert not caplog.text
+    torch.save(dict(model=reference.random_state(1)), path)
+    with pytest.raises(RuntimeError, match=rf"has sha256 .*, and .*\.pth\.sha256 says {digest}"):
+        timm.create_model("container_light", pretrained=True)
+    path.write_bytes(PAGE)
+    with pytest.raises(RuntimeError, match=r"Virus scan warning.*download the file itself, https://drive"):
+        timm.create_model("container_light", pretrained=True)
+
+
+@pytest.mark.parametrize("old, new", [(".attn.", ".conv."), ("blocks4.0.conv.", "blocks4.0.attn."), ("head.", "fc.")])
+def test_the_released_layout_is_exact(tmp_path, old, new):
+    state = {key.replace(old, new): tensor for key, tensor in reference.random_state(0).items()}
+    torch.save(dict(model=state), tmp_path / "file.pth")
+    with pytest.raises(ValueError, match=r"not in the released layout: unexpected key|does not fit"):
+        timm.create_model(
+            "container_light", pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "file.pth"))
+        )
 
 
 def test_weights_that_do_not_exist():
@@ -64,17 +286,142 @@ def test_which_weights_of_a_checkpoint_are_read(tmp_path):
 
 
 class Bomb:
+    """Makes a folder when it is unpickled."""
+
     def __reduce__(self):
         return os.mkdir, (os.environ["BOMB"],)
 
 
-def test_a_pickle_is_not_executed(tmp_path, monkeypatch):
-    monkeypatch.setenv("BOMB", str(tmp_path / "exploded"))
-    path = tmp_path / "checkpoint.pth"
-    path.write_bytes(pickle.dumps(Bomb(), protocol=2))
-    with pytest.raises(RuntimeError, match="weights_only"):
-        weights.read(path)
-    assert not (tmp_path / "exploded").exists()
+def bomb(path, rng):
+    """A pickle that runs code: bare, as torch writes it now, as torch wrote it, or hidden among weights."""
+    kind = rng.randrange(4)
+    if kind == 0:
+        path.write_bytes(pickle.dumps(Bomb(), protocol=rng.randrange(6)))
+    else:
+        content = {"state_dict": STATE, "x": Bomb()} if kind == 1 else Bomb()
+        torch.save(content, path, _use_new_zipfile_serialization=kind < 3)
+
+
+def rename(path, rng):
+    key = rng.choice(list(STATE))
+    other = rng.choice([key[::-1], key + "_", key.replace(".", "", 1), "module." * 2 + key, "stages.9." + key, ""])
+    save({(other if k == key else k): t for k, t in STATE.items()}, path)
+
+
+def drop(path, rng):
+    save({k: STATE[k] for k in rng.sample(list(STATE), rng.randrange(len(STATE)))}, path)
+
+
+def reshape(path, rng):
+    key = rng.choice([key for key, tensor in STATE.items() if tensor.ndim])
+    tensor = STATE[key]
+    other = rng.choice([tensor[:-1], tensor[None], tensor.flatten()[:-1], torch.cat((tensor, tensor)), tensor.sum()])
+    save({**STATE, key: other}, path)
+
+
+def not_finite(path, rng):
+    key = rng.choice([key for key, tensor in STATE.items() if tensor.is_floating_point() and tensor.ndim])
+    tensor = STATE[key].clone()
+    tensor.view(-1)[rng.randrange(tensor.numel())] = rng.choice([float("nan"), float("inf"), -float("inf")])
+    save({**STATE, key: tensor}, path)
+
+
+def other_model(path, rng):
+    name = rng.choice(["container_light_nano", "container_nano", "test_vit", "test_resnet"])
+    save(timm.create_model(name, num_classes=10).state_dict(), path)
+
+
+def no_weights(path, rng):
+    content = rng.choice([PAGE, b"", b"{}", b"PK\x03\x04", rng.randbytes(1000), b"version https://git-lfs.github.com"])
+    path.write_bytes(content)
+
+
+def no_tensors(path, rng):
+    content = rng.choice([[1, 2], {"state_dict": None}, 3, {"model": {}}, {**STATE, "stem.proj.weight": 3}, "x", None])
+    torch.save(content, path)
+
+
+def truncate(path, rng):
+    save(STATE, path)
+    data = path.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))])
+
+
+def flip(path, rng):
+    data = bytearray(PACKAGED.read_bytes())
+    data[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+    path.write_bytes(data)
+
+
+def cut(path, rng):
+    data = PACKAGED.read_bytes()
+    path.write_bytes(data[: rng.randrange(len(data))] + rng.randbytes(rng.randrange(2) * 1000))
+
+
+def save(state, path):
+    if path.suffix == ".safetensors":
+        safetensors.torch.save_file({k: t.clone() for k, t in state.items()}, path)
+    else:
+        torch.save(dict(state_dict=state), path)
+
+
+def corrupt(count, place, monkeypatch):
+    """So many damaged files of every kind: none is loaded, nothing in them is executed."""
+    monkeypatch.setenv("BOMB", str(place / "exploded"))
+    rng = random.Random(0)
+    unhashed = (bomb, rename, drop, reshape, not_finite, other_model, no_weights, no_tensors, truncate)
+    for i in range(count):
+        if i % 2:  # under the record's name, where its hash decides
+            kind, path, options = (flip, cut)[i // 2 % 2], place / PACKAGED.name, {}
+        else:  # a file that the user names, of which nothing is known
+            kind = unhashed[i // 2 % len(unhashed)]
+            suffix = "pth" if kind in (bomb, no_tensors) else rng.choice(["pth", "safetensors"])
+            path = place / f"file.{suffix}"
+            options = dict(pretrained_cfg_overlay=dict(file=str(path)))
+        kind(path, rng)
+        with pytest.raises((RuntimeError, ValueError)) as error:
+            load(**options)
+            pytest.fail(f"{kind.__name__} {i} was loaded")
+        assert "\n" not in str(error.value) and ("checkpoint" in str(error.value) or str(path) in str(error.value))
+        assert not (place / "exploded").exists()
+        path.unlink()
+
+
+def test_damaged_files(place, monkeypatch):
+    corrupt(72, place, monkeypatch)
+
+
+@pytest.mark.slow
+def test_a_thousand_damaged_files(place, monkeypatch):
+    corrupt(1000, place, monkeypatch)
+
+
+def test_a_flipped_bit_in_a_file_of_torch(tmp_path):
+    """torch does not look at the checksums of its archives. What they do not cover carries no weight."""
+    path, rng = tmp_path / "file.pth", random.Random(0)
+    save(STATE, path)
+    data, refused = path.read_bytes(), 0
+    for _ in range(50):
+        changed = bytearray(data)
+        changed[rng.randrange(len(data))] ^= 1 << rng.randrange(8)
+        path.write_bytes(changed)
+        try:
+            state = weights.read(path)
+            assert all(torch.equal(tensor, state[key]) for key, tensor in STATE.items())
+        except RuntimeError as error:
+            refused += "is not a checkpoint that can be loaded" in str(error)
+    assert refused > 40
+
+
+def test_a_model_is_untouched_by_what_it_refuses(tmp_path):
+    model = timm.create_model("container_light_nano_32")
+    before = {key: tensor.clone() for key, tensor in model.state_dict().items()}
+    reshape(tmp_path / "file.pth", random.Random(0))
+    with pytest.raises(ValueError, match="of another shape"):
+        timm.models.load_pretrained(
+            model, dict(model.pretrained_cfg, file=str(tmp_path / "file.pth")), 10, filter_fn=checkpoint_filter_fn
+        )
+    assert all(torch.equal(tensor, before[key]) for key, tensor in model.state_dict().items())
 
 
 def test_other_sources_are_left_to_timm(tmp_path):
@@ -96,7 +443,8 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=300)
     code = (
         "import container, timm; from container import weights; print(container.__file__); "
-        "print(len(timm.list_models('container*')), list(weights.manifest()))"
+        "print(len(timm.list_models('container*')), sorted(weights.manifest()), timm.list_pretrained('container*')); "
+        f"timm.create_model('{OURS}', pretrained=True)"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -107,4 +455,4 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
         check=True,
     )
     file, found = result.stdout.splitlines()
-    assert file.startswith(str(tmp_path / "site")) and found == f"13 ['{NAME}']"
+    assert file.startswith(str(tmp_path / "site")) and found == f"13 {sorted(weights.manifest())} {[OURS]}"

@@ -1,6 +1,6 @@
 """What `train_imagenet.py` wires together and timm does not have."""
 
-from .checkpoint import Checkpoints, Progress, write_atomically
+from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, create_datasets, open_validation
 from .distributed import StopSignal, agree, join_group
@@ -34,5 +34,4 @@ __all__ = [
     "plot_curves",
     "seed_everything",
     "tell_unreadable",
-    "write_atomically",
 ]

@@ -1,8 +1,7 @@
-"""Files that are there whole or not at all."""
+"""Checkpoints of a run, and how far it has come."""
 
 import hashlib
 import io
-import os
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -10,7 +9,9 @@ from typing import Any, Dict, List, Optional, Union
 
 import torch
 
-__all__ = ["Checkpoints", "Progress", "write_atomically"]
+from container.files import write_atomically
+
+__all__ = ["Checkpoints", "Progress"]
 
 
 @dataclass
@@ -29,32 +30,6 @@ class Progress:
     total_seconds: float = 0.0
     best: Optional[float] = None  # validation top-1, percent
     history: List[Dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
-
-
-def write_atomically(path: Union[str, Path], data: Union[bytes, memoryview]) -> None:
-    """Writes a file under a temporary name, to the disk, and then gives it its own.
-
-    Args:
-        path: The file.
-        data: Its content.
-
-    Raises:
-        OSError: The disk is full, or cannot be written; a file that was there is as it was.
-    """
-    path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name without the content
-        os.replace(temporary, path)
-    except OSError as error:
-        temporary.unlink(missing_ok=True)
-        raise OSError(error.errno, error.strerror, str(path)) from None
-    except BaseException:
-        temporary.unlink(missing_ok=True)
-        raise
 
 
 class Checkpoints:

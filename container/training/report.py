@@ -16,8 +16,8 @@ import torch
 import torchvision
 
 import container
+from container.files import write_atomically
 
-from .checkpoint import write_atomically
 from .curves import plot_curves
 
 __all__ = ["Report", "describe_environment"]

@@ -24,7 +24,9 @@ from timm.task.task import TrainingTask
 from timm.utils import distribute_bn, get_outdir, get_state_dict, unwrap_model
 from tqdm import tqdm
 
-from .checkpoint import Checkpoints, Progress, write_atomically
+from container.files import write_atomically
+
+from .checkpoint import Checkpoints, Progress
 from .data import Images
 from .distributed import StopSignal, agree
 from .loader import create_train_loader, create_val_loader, epoch_batches
