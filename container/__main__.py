@@ -14,7 +14,7 @@ import json
 import os
 import runpy
 import sys
-from typing import List, Optional
+from typing import Any, Dict, List, Optional, Tuple
 
 from . import weights, zoo
 
@@ -92,11 +92,11 @@ def _parser() -> argparse.ArgumentParser:
 
 
 def _list(args: argparse.Namespace) -> None:
-    rows = [("weights", "status", "licence", "MB", "top-1 %", "data", "measured by", "here")]
+    rows: List[Tuple[str, ...]] = [("weights", "status", "licence", "MB", "top-1 %", "data", "measured by", "here")]
     for name, record in weights.manifest().items():
         if (file := record["file"]) is None:
             continue
-        result = next((r for r in record["results"] if r["metric"] == "top1"), {})
+        result: Dict[str, Any] = next((r for r in record["results"] if r["metric"] == "top1"), {})
         size = f"{file['bytes'] / 1e6:.1f}" if file["bytes"] else "?"
         rows.append(
             (

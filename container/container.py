@@ -535,7 +535,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
 def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> Container:
     if pretrained:
         kwargs["pretrained_cfg_overlay"] = weights.resolve(
-            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay")
+            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
         )
     model = build_model_with_cfg(
         Container,

@@ -81,11 +81,12 @@ def weights_dir() -> Path:
     return Path(os.environ.get("CONTAINER_WEIGHTS_DIR") or Path(torch.hub.get_dir(), "checkpoints"))
 
 
-def find(name: str) -> Optional[Path]:
-    """The file of a record if it is here, in the package or in `weights_dir()`; unread, so unverified.
+def find(name: str, folder: Union[str, Path, None] = None) -> Optional[Path]:
+    """The file of a record if it is here, in the package or in the folder; unread, so unverified.
 
     Args:
         name: `architecture.tag`.
+        folder: `weights_dir()` if None.
 
     Raises:
         KeyError: The manifest has no such record.
@@ -94,7 +95,7 @@ def find(name: str) -> Optional[Path]:
     if file is None:
         return None
     places = [_packaged(name)] if file["packaged"] else []
-    places += [weights_dir() / f"{name}.{suffix}" for suffix in ("safetensors", "pth")]
+    places += [Path(folder or weights_dir(), f"{name}.{suffix}") for suffix in ("safetensors", "pth")]
     return next((path for path in places if path.is_file()), None)
 
 
@@ -166,20 +167,20 @@ def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
         The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
 
     Raises:
-        ValueError: Keys cannot be those of the release.
+        ValueError: It is not the released layout; keys that are foreign to it are left for the model to refuse.
     """
     renamed: Dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
         old, mixed = key, key.partition(".conv1.")[0] + ".sa_weight" in state_dict
         for pattern, name in _RELEASED_NAMES:
             key = re.sub(pattern, name, key)
-        if key == old and not key.startswith("norm."):
-            raise ValueError(f"checkpoint is not in the released layout: unexpected key {old}")
         if mixed and ".aggregation.value." in key:
             if not tensor.ndim or len(tensor) % 3:
                 raise ValueError(f"checkpoint is not in the released layout: {old} of shape {tuple(tensor.shape)}")
             q, k, tensor = tensor.chunk(3)
             renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
+        if key in renamed:
+            raise ValueError(f"checkpoint is not in the released layout: {old} and another key are both {key}")
         renamed[key] = tensor
     return renamed
 
@@ -210,20 +211,20 @@ def read(path: Union[str, Path], use_ema: Optional[bool] = None) -> Dict[str, Te
     except Exception as error:  # whatever a damaged or foreign file makes its parsers raise
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {reason}") from error
-    if not state_dict or not all(isinstance(tensor, Tensor) for tensor in state_dict.values()):
-        other = next((key for key, tensor in state_dict.items() if not isinstance(tensor, Tensor)), "nothing")
-        raise RuntimeError(f"{path} is not a state dict of tensors: it holds {other}")
     for key, tensor in state_dict.items():
+        if not isinstance(tensor, Tensor):
+            raise RuntimeError(f"{path} is not a state dict of tensors: {key} is a {type(tensor).__name__}")
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{path}: {key} has {(~torch.isfinite(tensor)).sum()} numbers that are NaN or infinite")
     return state_dict
 
 
-def obtain(name: str) -> Path:
+def obtain(name: str, folder: Union[str, Path, None] = None) -> Path:
     """The verified file of a record, downloaded if it has to be.
 
     Args:
         name: `architecture.tag`.
+        folder: Where it is looked for and downloaded to, `weights_dir()` if None.
 
     Raises:
         KeyError: The manifest has no such record.
@@ -232,9 +233,9 @@ def obtain(name: str) -> Path:
     file = manifest()[name]["file"]
     if file is None:
         raise RuntimeError(f"No pretrained weights exist for {name}. Use `pretrained=False` for random init.")
-    path = find(name)
+    path = find(name, folder)
     if path is None:
-        path = weights_dir() / f"{name}.{file['format']}"
+        path = Path(folder or weights_dir(), f"{name}.{file['format']}")
         if not file["sha256"]:
             raise RuntimeError(
                 f"the weights {name} have to be downloaded by hand, as nobody published their hash: put the file from "
@@ -253,7 +254,10 @@ def obtain(name: str) -> Path:
 
 
 def resolve(
-    variant: str, pretrained_cfg: Union[str, Dict[str, Any], None], overlay: Optional[Dict[str, Any]]
+    variant: str,
+    pretrained_cfg: Union[str, Dict[str, Any], None],
+    overlay: Optional[Dict[str, Any]],
+    folder: Union[str, Path, None] = None,
 ) -> Dict[str, Any]:
     """Finds the weights that `pretrained=True` means and reads them where they are a file.
 
@@ -261,6 +265,7 @@ def resolve(
         variant: Model name without tag.
         pretrained_cfg: Tag or cfg given to `timm.create_model`.
         overlay: `pretrained_cfg_overlay` given to `timm.create_model`.
+        folder: `cache_dir` given to `timm.create_model`.
 
     Returns:
         The overlay, with the state dict of a file in it; a Hub id, URL or folder that the user named is left to timm.
@@ -274,7 +279,7 @@ def resolve(
     name = f"{variant}.{cfg.tag}"
     own = not any(overlay.get(key) for key in ("url", "file", "hf_hub_id", "state_dict"))
     if own and not isinstance(pretrained_cfg, dict) and manifest().get(name, {}).get("file"):
-        return dict(overlay, state_dict=read(obtain(name)))
+        return dict(overlay, state_dict=read(obtain(name, folder)))
     if cfg.file and not cfg.state_dict and cfg.source != "local-dir":
         state_dict = read(cfg.file)
         if is_released(state_dict):

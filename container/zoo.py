@@ -25,7 +25,7 @@ def table(markdown: bool = False) -> str:
     Args:
         markdown: The README's table in place of one for a terminal.
     """
-    rows = [("model", "params", "GMACs", "image", "weights", "what it is")]
+    rows: List[Tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
     for record in weights.manifest().values():
         architecture, size = record["architecture"], record["input"]["input_size"][-1]
         model = timm.create_model(architecture, pretrained_cfg=record["tag"], device="meta").eval()
@@ -88,7 +88,7 @@ def fit(state_dict: Dict[str, torch.Tensor], name: str) -> Dict[str, torch.Tenso
     options: Dict[str, Any] = dict(num_classes=record["num_classes"] if record else len(head))
     if record and record["input"]["fixed_input_size"]:
         options["img_size"] = record["input"]["input_size"][-1]
-    model = timm.create_model(architecture, device="meta", **options)
+    model: Any = timm.create_model(architecture, device="meta", **options)
     model.pretrained_cfg["num_classes"] = options["num_classes"]
     fitted, own = checkpoint_filter_fn(dict(state_dict), model), model.state_dict()
     if problems := [key for key in own if key not in fitted or fitted[key].shape != own[key].shape]:
@@ -199,7 +199,7 @@ def export(name: str, folder: Union[str, Path]) -> None:
     record = weights.manifest()[name]
     weights.obtain(name)
     model = timm.create_model(name, pretrained=True)
-    save_for_hf(model, folder, safe_serialization=True)
+    save_for_hf(model, str(folder), safe_serialization=True)
     training, licence = record["training"] or {}, record["license"]
     card = dict(
         license=licence["weights"] or "unknown",

@@ -151,6 +151,8 @@ def test_downloaded_once(served, place):
         assert torch.equal(load().head.fc.weight, state["head.fc.weight"])
     assert served.asked == [None, "bytes=1000000-", "bytes=2000000-"]
     assert [path.name for path in place.iterdir()] == [PACKAGED.name]
+    load(cache_dir=place / "cache")
+    assert (place / "cache" / PACKAGED.name).is_file()
 
 
 def test_from_the_hub(served, place, monkeypatch):
@@ -254,11 +256,16 @@ def test_the_released_file_placed_by_hand(place, caplog):
         timm.create_model("container_light", pretrained=True)
 
 
-@pytest.mark.parametrize("old, new", [(".attn.", ".conv."), ("blocks4.0.conv.", "blocks4.0.attn."), ("head.", "fc.")])
+@pytest.mark.parametrize(
+    "old, new",
+    [(".attn.", ".conv."), ("blocks4.0.conv.", "blocks4.0.attn."), ("head.", "fc."), ("", "stem.proj.weight")],
+)
 def test_the_released_layout_is_exact(tmp_path, old, new):
-    state = {key.replace(old, new): tensor for key, tensor in reference.random_state(0).items()}
+    state = reference.random_state(0)
+    state = {key.replace(old, new): t for key, t in state.items()} if old else {**state, new: torch.zeros(64, 3, 4, 4)}
     torch.save(dict(model=state), tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"not in the released layout: unexpected key|does not fit"):
+    message = r"does not fit container_light: .* unexpected" if old else f"and another key are both {new}"
+    with pytest.raises(ValueError, match=message):
         timm.create_model(
             "container_light", pretrained=True, pretrained_cfg_overlay=dict(file=str(tmp_path / "file.pth"))
         )
@@ -304,7 +311,7 @@ def bomb(path, rng):
 
 def rename(path, rng):
     key = rng.choice(list(STATE))
-    other = rng.choice([key[::-1], key + "_", key.replace(".", "", 1), "module." * 2 + key, "stages.9." + key, ""])
+    other = rng.choice([key[::-1], key + "_", key.replace(".", "", 1), "model." + key, "stages.9." + key, ""])
     save({(other if k == key else k): t for k, t in STATE.items()}, path)
 
 

@@ -1,6 +1,12 @@
 """The zoo's table, and files of weights on their way in and out."""
 
 import json
+import os
+import subprocess
+import sys
+import threading
+from functools import partial
+from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import jsonschema
 import pytest
@@ -104,3 +110,36 @@ def test_export_is_loaded_by_local_dir(tmp_path):
     assert str(ROOT) not in card + (folder / "config.json").read_text()
     with pytest.raises(FileExistsError, match="is not empty"):
         zoo.export(OURS, folder)
+
+
+class Hub(SimpleHTTPRequestHandler):
+    """A folder as the Hugging Face Hub serves a repository, at OWNER/NAME/resolve/REVISION/FILE."""
+
+    def translate_path(self, path):
+        return os.path.join(self.directory, path.rpartition("/")[2])
+
+    def end_headers(self):
+        self.send_header("ETag", f'"{self.path.rpartition("/")[2]}"')
+        self.send_header("X-Repo-Commit", "0" * 40)
+        super().end_headers()
+
+    def log_message(self, *_):
+        pass
+
+
+def test_export_is_loaded_from_a_hub(tmp_path):
+    zoo.export(OURS, tmp_path / "export")
+    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=tmp_path / "export")) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        code = (
+            "import container, timm; model = timm.create_model('hf-hub:owner/name', pretrained=True); "
+            "print(sum(t.double().sum().item() for t in model.state_dict().values()))"
+        )
+        environment = dict(os.environ, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "home"))
+        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        result = subprocess.run(
+            [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
+        )
+        server.shutdown()
+    state = timm.create_model(OURS, pretrained=True).state_dict()
+    assert result.stdout == f"{sum(t.double().sum().item() for t in state.values())}\n", result.stderr
