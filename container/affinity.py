@@ -293,11 +293,14 @@ class GlobalContext(nn.Module):
         self.query = nn.Conv2d(dim, 1, 1, device=device, dtype=dtype)
         self.key = nn.Conv2d(dim, 1, 1, device=device, dtype=dtype)
 
+    def context(self, x: Tensor, v: Tensor) -> Tensor:
+        """sum_j softmax(k)_j v_j, (B, C', 1, 1), for the maps x (B, C, H, W) and v (B, C', H, W)."""
+        k = self.key(x).flatten(2).softmax(dim=-1)  # (B, 1, N)
+        return (v.flatten(2) @ k.transpose(1, 2)).unsqueeze(-1)
+
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
         """A(x) v for the maps x and v, both (B, C, H, W)."""
-        k = self.key(x).flatten(2).softmax(dim=-1)  # (B, 1, N)
-        context = (v.flatten(2) @ k.transpose(1, 2)).unsqueeze(-1)  # (B, C, 1, 1)
-        return self.query(x).sigmoid() * context
+        return self.query(x).sigmoid() * self.context(x, v)
 
     def matrix(self, x: Tensor) -> Tensor:
         """A(x), (B, 1, N, N), for a map x (B, C, H, W)."""

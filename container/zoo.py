@@ -199,7 +199,11 @@ def export(name: str, folder: Union[str, Path]) -> None:
     record = weights.manifest()[name]
     weights.obtain(name)
     model = timm.create_model(name, pretrained=True)
-    save_for_hf(model, str(folder), safe_serialization=True)
+    labels = dict(label_names=record["label_names"]) if record["label_names"] else {}
+    save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
+    config = json.loads((folder / "config.json").read_text())
+    config["model_args"].pop("num_classes")  # it stands at the top; here transformers' TimmWrapper would pass it twice
+    (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     training, licence = record["training"] or {}, record["license"]
     card = dict(
         license=licence["weights"] or "unknown",

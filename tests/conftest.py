@@ -2,6 +2,7 @@
 
 import os
 import random
+import tempfile
 import threading
 from pathlib import Path
 
@@ -17,6 +18,10 @@ import container.files
 ROOT = Path(__file__).parent.parent
 # Data that cannot be committed for its licence or size; beside the checkout unless this variable names another place.
 SHARED = Path(os.environ.get("CONTAINER_TEST_DATA", ROOT.parent / "shared"))
+
+# Ultralytics writes settings when it is imported.
+os.environ.setdefault("YOLO_CONFIG_DIR", os.path.join(tempfile.gettempdir(), "container-tests"))
+os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core; more threads than cores make each other wait

@@ -18,6 +18,9 @@ README = (ROOT / "README.md").read_text(encoding="utf-8")
 @pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
 def test_code(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    for library in ("segmentation_models_pytorch", "transformers", "ultralytics"):
+        if library in code:
+            pytest.importorskip(library, reason=f"{library} is not installed")
     torch.save(dict(model=reference.random_state(0)), "container_light.pth")
     scope = {}
     exec(code, scope)

@@ -1,0 +1,139 @@
+#!/usr/bin/env python
+"""Trains RetinaNet with a CONTAINER-LIGHT, or any timm backbone, to find blood cells; measures and draws the result.
+
+    python examples/detect_cells.py --data-dir bccd
+    python examples/detect_cells.py --data-dir bccd --untrained-backbone      # what the head alone can do
+    python examples/detect_cells.py --data-dir bccd --backbone resnet18
+
+Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any, Dict, List
+
+import torch
+from bccd import CLASSES, Cells
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.utils.data import DataLoader
+from torchvision.utils import draw_bounding_boxes, make_grid, save_image
+from tqdm import tqdm
+
+from container.detection import retinanet
+
+try:
+    from torchmetrics.detection import MeanAveragePrecision
+except ImportError as error:
+    raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
+
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # safe for colour-blind eyes
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
+    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
+    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
+    parser.add_argument("--untrained-backbone", action="store_true", help="keep the backbone as it is at the start")
+    parser.add_argument("--output", default="cells", help="folder for the result and the picture")
+    parser.add_argument("--epochs", type=int, default=20)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--size", type=int, default=320, help="short side of a photo")
+    parser.add_argument("--channels", type=int, default=64, help="of the pyramid and the head")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def batches(cells: Cells, batch_size: int, shuffle: bool) -> DataLoader:
+    """Lists of images and of targets; photos may differ in size."""
+    return DataLoader(
+        cells,
+        batch_size,
+        shuffle,
+        collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))),
+        drop_last=shuffle,
+    )
+
+
+@torch.inference_mode()
+def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> Dict[str, Any]:
+    """COCO's mean average precision over the classes and IoU thresholds of 0.5 to 0.95, in percent."""
+    model.eval()
+    metric = MeanAveragePrecision(class_metrics=True, backend="pycocotools")
+    for images, targets in tqdm(loader, desc="test", leave=False):
+        found = model([image.to(device) for image in images])
+        metric.update([{key: value.cpu() for key, value in f.items()} for f in found], targets)
+    result = metric.compute()
+    by_class = dict(zip(CLASSES, (100 * result["map_per_class"]).tolist(), strict=True))
+    return dict(map=100 * result["map"].item(), map50=100 * result["map_50"].item(), by_class=by_class)
+
+
+@torch.inference_mode()
+def draw(model: torch.nn.Module, cells: Cells, device: str, path: Path, count: int = 3) -> None:
+    """A row of photos with their true boxes, and below it one with the boxes found."""
+    model.eval()
+    rows: List[List[torch.Tensor]] = [[], []]
+    for image, target in (cells[i * len(cells) // count] for i in range(count)):
+        found = model([image.to(device)])[0]
+        sure = {key: value[found["scores"] > 0.5].cpu() for key, value in found.items()}
+        for row, boxes in zip(rows, (target, sure), strict=True):
+            colours = [COLOURS[label] for label in boxes["labels"]]
+            row.append(draw_bounding_boxes(image, boxes["boxes"], colors=colours, width=4) if colours else image)
+    save_image(make_grid(rows[0] + rows[1], nrow=count, padding=8, pad_value=1.0), path)
+
+
+def main() -> None:
+    """Trains, measures on the test photos, draws."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    model: Any = retinanet(
+        args.backbone,
+        len(CLASSES),
+        min_size=args.size,
+        max_size=2 * args.size,
+        pretrained=args.pretrained,
+        out_channels=args.channels,
+    ).to(args.device)
+    if args.untrained_backbone:
+        model.backbone.body.requires_grad_(False)  # its batch norms still follow the photos
+    train = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
+    test_cells = Cells(args.data_dir, "test")
+    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05)
+    steps = args.epochs * len(train)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=steps, warmup_epochs=len(train), warmup_lr=1e-5, step_on_epochs=True
+    )
+    bar, step = tqdm(total=steps), 0
+    for epoch in range(args.epochs):
+        model.train()
+        for images, targets in train:
+            images = [image.to(args.device) for image in images]
+            targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
+            loss = sum(model(images, targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            scheduler.step(step)
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+    bar.close()
+    result = evaluate(model, batches(test_cells, args.batch_size, shuffle=False), args.device)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").write_text(json.dumps(dict(result, args=vars(args)), indent=2) + "\n")
+    torch.save(model.state_dict(), output / "model.pth")
+    draw(model, test_cells, args.device, output / "cells.png")
+    print(f"mAP {result['map']:.1f} %, at IoU 0.5 {result['map50']:.1f} %, on {len(test_cells)} photos held out")
+    print(", ".join(f"{name} {value:.1f} %" for name, value in result["by_class"].items()))
+    print(f"true boxes above, found ones below: {output / 'cells.png'}")
+
+
+if __name__ == "__main__":
+    main()
