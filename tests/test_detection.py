@@ -1,10 +1,14 @@
 """Backbones under torchvision's detectors."""
 
+import os
+import subprocess
+import sys
+
 import onnxruntime
 import pytest
 import timm
 import torch
-from conftest import randomize
+from conftest import ROOT, randomize
 
 from container.detection import FeaturePyramid, feature_pyramid, mask_rcnn, retinanet
 
@@ -183,3 +187,22 @@ def test_memory_is_linear_in_the_number_of_tokens():
 
     body = timm.create_model("container_nano", features_only=True)
     assert kept((256, 352)) / kept((128, 176)) == pytest.approx(4, rel=0.05)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["container_light", "container_nano"])
+def test_detection_size_fits(name):
+    """800 x 1333, forward and backward, in 8 GB; one affinity of stage 1 (66,800 tokens) alone would take 18."""
+    code = (
+        "import container, resource, timm, torch\n"
+        f"body = timm.create_model('{name}', features_only=True)\n"
+        "body.set_grad_checkpointing()\n"
+        "maps = body(torch.rand(1, 3, 800, 1333))\n"
+        "print([tuple(m.shape[-2:]) for m in maps])\n"
+        "sum(m.mean() for m in maps).backward()\n"
+        "print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss // 2**20)\n"
+    )
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    result = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    sizes, gib = result.stdout.splitlines()
+    assert sizes == "[(200, 334), (100, 167), (50, 84), (25, 42)]" and int(gib) < 8

@@ -2,11 +2,16 @@
 
 import onnxruntime
 import pytest
+import timm
 import torch
 
 from container import zoo
 
 OURS = "container_light_nano_32.cifar10"
+SMALL = dict(
+    num_labels=3, num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32, decoder_ffn_dim=32,
+    encoder_attention_heads=2, decoder_attention_heads=2,
+)  # fmt: skip
 NAMES = ["container_light_nano", "container_light", "container"]
 
 
@@ -29,14 +34,23 @@ def test_auto_backbone(transformers, name):
     sum(m.mean() for m in maps).backward()
 
 
+def test_detr_with_weights(transformers):
+    """The way of docs/downstream.md; what transformers does by itself resets the batch norms."""
+    backbone = transformers.TimmBackboneConfig(backbone=OURS, out_indices=[3])
+    detr = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **SMALL))
+    expected = timm.create_model(OURS, pretrained=True, features_only=True).eval()
+    detr.model.backbone.model.load_state_dict(expected.state_dict())
+    x = torch.rand(1, 3, 32, 32)
+    torch.testing.assert_close(detr.eval().model.backbone.model(x)[-1], expected(x)[-1], atol=1e-4, rtol=1e-4)
+
+
 @pytest.mark.parametrize("name", NAMES)
 def test_detr(transformers, name, tmp_path):
     """Loss, gradients in the backbone, and the same answers after save and load."""
     config = transformers.DetrConfig(
         backbone_config=transformers.TimmBackboneConfig(backbone=name, out_indices=[3]),
-        num_labels=3, num_queries=5, d_model=32, encoder_layers=1, decoder_layers=1, encoder_ffn_dim=32,
-        decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2,
-    )  # fmt: skip
+        **SMALL,
+    )
     model = transformers.DetrForObjectDetection(config)
     x = torch.rand(2, 3, 65, 98)
     labels = [dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))] * 2

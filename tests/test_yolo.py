@@ -6,6 +6,7 @@ import sys
 
 import onnxruntime
 import pytest
+import timm
 import torch
 import yaml
 from conftest import ROOT, randomize
@@ -93,7 +94,7 @@ def test_yaml_with_the_layer(ultralytics, scale, channels):
     torch.testing.assert_close(model(x)["boxes"], before)
 
 
-@pytest.mark.parametrize("name", ["container_light", "container_nano", "resnet18"])
+@pytest.mark.parametrize("name", ["container_light_nano", "container_light", "container", "resnet18"])
 def test_yaml_with_a_backbone(ultralytics, tmp_path, name):
     with open(yolo.config("yolov8-container_light.yaml")) as file:
         d = yaml.safe_load(file)
@@ -107,6 +108,19 @@ def test_yaml_with_a_backbone(ultralytics, tmp_path, name):
     outputs = model.train()(torch.rand(2, 3, 64, 96))
     outputs["boxes"].mean().backward()
     assert all(p.grad is not None for p in model.model[0].parameters())
+
+
+def test_yaml_with_a_pretrained_backbone(ultralytics, tmp_path):
+    name = "container_light_nano_32.cifar10"
+    with open(yolo.config("yolov8-container_light.yaml")) as file:
+        d = yaml.safe_load(file)
+    d["backbone"][0][3] = [name, True]
+    (tmp_path / "yolov8n-other.yaml").write_text(yaml.safe_dump(d))
+    model = ultralytics.YOLO(tmp_path / "yolov8n-other.yaml").model
+    expected = timm.create_model(name, pretrained=True, features_only=True)
+    weight = model.model[0].body.state_dict()["stages_3.blocks.1.mlp.fc2.weight"]
+    assert torch.equal(weight, expected.state_dict()["stages_3.blocks.1.mlp.fc2.weight"])
+    assert model.stride.tolist() == [2, 4, 8]
 
 
 def test_rows_that_cannot_be(ultralytics, tmp_path):
