@@ -1,0 +1,75 @@
+"""The examples run, on a handful of made-up images; what they give on real ones is in docs/results.md."""
+
+import json
+import os
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+from conftest import ROOT
+from PIL import Image
+
+pytestmark = pytest.mark.slow
+
+
+def run(script, *arguments, cwd):
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MPLBACKEND": "agg"}
+    command = [sys.executable, str(ROOT / "examples" / script), *map(str, arguments)]
+    result = subprocess.run(command, cwd=cwd, env=environment, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.fixture
+def cells(tmp_path):
+    """Three bright squares on each of six photos, in the layout of BCCD."""
+    folder = tmp_path / "bccd"
+    for name in ("JPEGImages", "Annotations", "ImageSets/Main"):
+        (folder / name).mkdir(parents=True)
+    names = [f"photo{i}" for i in range(6)]
+    for name in names:
+        pixels = np.random.randint(0, 60, (96, 128, 3), dtype=np.uint8)
+        things = ""
+        for label, left in (("RBC", 5), ("WBC", 45), ("Platelets", 85)):
+            pixels[20:50, left : left + 30] += 150
+            box = f"<xmin>{left}</xmin><ymin>20</ymin><xmax>{left + 30}</xmax><ymax>50</ymax>"
+            things += f"<object><name>{label}</name><bndbox>{box}</bndbox></object>"
+        Image.fromarray(pixels).save(folder / "JPEGImages" / f"{name}.jpg")
+        size = "<size><width>128</width><height>96</height></size>"
+        (folder / "Annotations" / f"{name}.xml").write_text(f"<annotation>{size}{things}</annotation>")
+    for split, part in (("trainval", names[:4]), ("test", names[4:])):
+        (folder / "ImageSets" / "Main" / f"{split}.txt").write_text("\n".join(part))
+    return folder
+
+
+@pytest.mark.parametrize("options", [[], ["--backbone", "resnet18", "--untrained-backbone"]])
+def test_cells(cells, tmp_path, options):
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    small = ["--epochs", 1, "--batch-size", 2, "--size", 64, "--channels", 16]
+    printed = run("detect_cells.py", "--data-dir", cells, *small, *options, cwd=tmp_path)
+    result = json.loads((tmp_path / "cells" / "result.json").read_text())
+    assert f"mAP {result['map']:.1f} %" in printed and set(result["by_class"]) == {"RBC", "WBC", "Platelets"}
+    with Image.open(tmp_path / "cells" / "cells.png") as picture:
+        assert picture.size == (3 * 136 + 8, 2 * 104 + 8)
+
+
+def test_cells_by_yolo(cells, tmp_path):
+    pytest.importorskip("ultralytics", reason="Ultralytics is not installed")
+    small = ["--epochs", 1, "--batch-size", 2, "--size", 64]
+    assert "on the photos held out" in run("detect_cells_yolo.py", "--data-dir", cells, *small, cwd=tmp_path)
+
+
+def test_dino(folder, tmp_path):
+    pytest.importorskip("lightly", reason="lightly is not installed")
+    (folder / "val").rename(folder / "test")
+    small = ["--epochs", 1, "--batch-size", 8, "--images", 32, "--test-images", 8, "--workers", 0]
+    printed = run("dino.py", "--data-dir", folder, *small, cwd=tmp_path)
+    assert printed.startswith("k-NN before: ") and "k-NN after:  " in printed
+    assert (tmp_path / "dino.safetensors").stat().st_size > 10**6
+
+
+def test_pyramid(tmp_path):
+    run("pyramid.py", "--size", 64, cwd=tmp_path)
+    with Image.open(tmp_path / "pyramid.png") as picture:
+        assert np.asarray(picture.convert("L")).std() > 10
