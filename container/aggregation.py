@@ -190,3 +190,10 @@ class Block(nn.Module):
         x = x + self.pos_conv(x)
         x = x + self.drop_path1(self.aggregation(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
+
+    @torch.jit.ignore
+    def fuse(self) -> nn.Module:
+        """This block rewritten for inference, `container.fuse.FusedBlock`: what timm's `reparameterize_model` calls."""
+        from .fuse import FusedBlock
+
+        return FusedBlock(self)
