@@ -71,7 +71,6 @@ def test_gates_near_their_ends(logit):
     "options",
     [
         dict(norm_layer="groupnorm1"),
-        dict(norm_layer="frozenbatchnorm2d"),
         dict(output_stride=8),
         dict(dynamic="context"),
     ]
