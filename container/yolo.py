@@ -112,7 +112,7 @@ def register() -> None:
 
     parse.knows_container = True  # type: ignore[attr-defined]
     tasks.parse_model = parse
-    tasks._ContextRow, tasks.ContainerBackbone = _ContextRow, ContainerBackbone
+    vars(tasks).update(_ContextRow=_ContextRow, ContainerBackbone=ContainerBackbone)
 
 
 def _rewritten(d: Dict[str, Any]) -> Dict[str, Any]:
