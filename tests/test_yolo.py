@@ -52,7 +52,8 @@ def test_layer_trains_with_a_batch_of_one_position():
 
 
 def test_without_ultralytics(monkeypatch):
-    monkeypatch.setitem(sys.modules, "ultralytics", None)
+    for name in ("ultralytics", "ultralytics.nn"):  # the second would be found if another test has imported it
+        monkeypatch.setitem(sys.modules, name, None)
     with pytest.raises(ImportError, match="pip install ultralytics"):
         yolo.register()
     result = subprocess.run(
