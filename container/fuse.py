@@ -1,17 +1,77 @@
 """Exact rewriting for inference: what is affine moves into the weights of the layer behind it."""
 
-from typing import Optional, Tuple
+from functools import cache
+from typing import Any, Optional, Tuple
 
 import timm
 import torch
+import torch.fx
+import torch.nn.functional as F
+from timm.layers import get_act_layer
 from torch import Tensor, nn
+from torch.utils.flop_counter import register_flop_formula
 from torchvision.ops.misc import FrozenBatchNorm2d
 
 from .affinity import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block
 from .container import Container
 
-__all__ = ["FusedBlock", "fuse"]
+__all__ = ["ConvGELU", "FusedBlock", "fuse"]
+
+
+@cache
+def _has_conv_gelu() -> bool:
+    """Whether this build of PyTorch computes a convolution and a GELU in one kernel on the CPU, and rightly."""
+    try:
+        one = torch.ones(1, 1, 1, 1)
+        y = torch.ops.mkldnn._convolution_pointwise(one, one, None, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "none")
+        return bool(torch.allclose(y, F.gelu(one)))
+    except (AttributeError, RuntimeError):
+        return False
+
+
+def _conv_gelu(x: Tensor, weight: Tensor, bias: Optional[Tensor]) -> Tensor:
+    """gelu of a 1x1 convolution, by the best way for these tensors, now."""
+    if not torch.jit.is_scripting() and not torch.jit.is_tracing() and not torch.compiler.is_compiling():
+        grad = torch.is_grad_enabled() and (x.requires_grad or weight.requires_grad)
+        on_cpu = x.device.type == "cpu" and x.dtype == torch.float32 and torch.backends.mkldnn.enabled
+        if on_cpu and not grad and not torch.is_autocast_enabled("cpu") and _has_conv_gelu():
+            return torch.ops.mkldnn._convolution_pointwise(
+                x, weight, bias, [0, 0], [1, 1], [1, 1], 1, "gelu", [], "none"
+            )
+    return F.gelu(F.conv2d(x, weight, bias))
+
+
+torch.fx.wrap("_conv_gelu")  # a symbolic tracer records the call, not the way that it takes for a tensor of no device
+
+
+if hasattr(torch.ops.mkldnn, "_convolution_pointwise"):
+
+    @register_flop_formula(torch.ops.mkldnn._convolution_pointwise)
+    def _conv_gelu_flop(x: Tuple[int, ...], weight: Tuple[int, ...], *args: Any, **kwargs: Any) -> int:
+        """2 C C' for every token, as PyTorch counts convolutions."""
+        return 2 * x[0] * x[2] * x[3] * weight[0] * weight[1]
+
+
+class ConvGELU(nn.Module):
+    """A 1x1 convolution and the exact GELU behind it, on a CPU in one kernel.
+
+    gelu(conv(x)), gelu(x) = x Phi(x) with Phi the normal distribution, (B, C, H, W) -> (B, C', H, W). The kernel is
+    oneDNN's convolution with a GELU as its post-operation, which torch.compile takes as well. The map is wide, so the
+    GELU by itself is bound by memory. Elsewhere (another device or type, autocast, gradients, a build of PyTorch
+    without that kernel, whatever compiles, exports or traces) it is the two layers.
+
+    Args:
+        conv: The convolution, which keeps its parameters.
+    """
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.conv = conv
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C, H, W) -> (B, C', H, W)."""
+        return _conv_gelu(x, self.conv.weight, self.conv.bias)
 
 
 class FusedBlock(nn.Module):
@@ -21,6 +81,7 @@ class FusedBlock(nn.Module):
 
     - pos_conv' = 1 + pos_conv: the residual is a one in the middle of every kernel.
     - A batch norm in front of 1x1 convolutions, W (s x + t) + b = (W s) x + (W t + b), is theirs. Another norm stays.
+    - The exact GELU of the MLP is its first convolution's, `ConvGELU`.
     - The gate: alpha A(X) V + beta A V = A(X) V' + A' V' with V' = alpha V and A' = (beta / alpha) A. It stays where
       alpha is 0.
 
@@ -47,6 +108,8 @@ class FusedBlock(nn.Module):
             self.norm1 = _absorb(block.norm1, *_readers(self.aggregation))
             self.norm2 = _absorb(block.norm2, self.mlp.fc1)
             _absorb_gate(self.aggregation)
+        if isinstance(self.mlp.act, get_act_layer("gelu")):
+            self.mlp.fc1, self.mlp.act = ConvGELU(self.mlp.fc1), nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

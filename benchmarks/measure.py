@@ -1,0 +1,169 @@
+"""What the benchmarks share: fair timing, memory, the record of the machine, tables, output."""
+
+import ctypes
+import json
+import math
+import os
+import platform
+import statistics
+import sys
+from pathlib import Path
+from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from torch.utils.benchmark import Timer
+
+import container
+
+Work = Callable[[], Any]
+
+
+def interleave(works: Dict[str, Work], rounds: int, seconds: float) -> Dict[str, List[float]]:
+    """Times works by turns, so that whatever slows the machine down for a while slows all of them.
+
+    Each is called once to warm up, then as often a turn as fills the given time; which one begins a round changes.
+
+    Args:
+        works: What is timed, by name.
+        rounds: Turns of each.
+        seconds: Least length of a turn.
+
+    Returns:
+        Seconds per call, one number a round, in the order of the rounds.
+    """
+    timers = {
+        name: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
+        for name, work in works.items()
+    }
+    calls = {}
+    for name, timer in timers.items():
+        timer.timeit(1)
+        once = timer.timeit(1).mean
+        calls[name] = max(1, math.ceil(seconds / once)) if once else 1000
+    times: Dict[str, List[float]] = {name: [] for name in works}
+    names = list(works)
+    for i in range(rounds):
+        start = i % len(names)
+        for name in names[start:] + names[:start]:
+            times[name].append(timers[name].timeit(calls[name]).mean)
+    return times
+
+
+def spread(values: Sequence[float]) -> Tuple[float, float, float]:
+    """(first quartile, median, third quartile)."""
+    if len(values) < 2:
+        return values[0], values[0], values[0]
+    low, median, high = statistics.quantiles(values, n=4, method="inclusive")
+    return low, median, high
+
+
+def ratios(reference: Sequence[float], values: Sequence[float]) -> List[float]:
+    """How many times faster than the reference, round by round."""
+    return [a / b for a, b in zip(reference, values, strict=True)]
+
+
+def peak_memory(work: Work, device: torch.device) -> Optional[int]:
+    """Bytes in use at most during one call, above what was in use before it.
+
+    On a GPU by PyTorch's allocator; on a CPU by Linux, which counts resident pages. None where neither can be asked.
+    """
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+        before = torch.cuda.memory_allocated(device)
+        torch.cuda.reset_peak_memory_stats(device)
+        work()
+        torch.cuda.synchronize(device)
+        return torch.cuda.max_memory_allocated(device) - before
+    try:
+        ctypes.CDLL("libc.so.6").malloc_trim(0)
+        before = _resident("VmRSS")
+        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        work()
+        return max(0, _resident("VmHWM") - before)
+    except (OSError, AttributeError):
+        return None
+
+
+def _resident(field: str) -> int:
+    for line in Path("/proc/self/status").read_text().splitlines():
+        if line.startswith(field + ":"):
+            return int(line.split()[1]) * 1024
+    raise OSError(f"no {field} in /proc/self/status")
+
+
+def environment(device: torch.device) -> Dict[str, Any]:
+    """The device, and the versions and settings that a measurement depends on."""
+    record: Dict[str, Any] = {
+        "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
+        "cpu": _cpu(),
+        "threads": torch.get_num_threads(),
+        "cpu_capability": torch.backends.cpu.get_cpu_capability(),
+        "python": platform.python_version(),
+        "torch": torch.__version__,
+        "timm": timm.__version__,
+        "container": container.__version__,
+        "environment": {
+            key: value
+            for key, value in sorted(os.environ.items())
+            if key.startswith(
+                ("OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_PRELOAD", "THP_", "TORCHINDUCTOR_")
+            )
+        },
+    }
+    if device.type == "cuda":
+        record["gpu"] = torch.cuda.get_device_name(device)
+        record["cuda"] = torch.version.cuda
+        record["cudnn"] = torch.backends.cudnn.version()
+    return record
+
+
+def _cpu() -> str:
+    info = Path("/proc/cpuinfo")
+    names = (
+        [line.split(":", 1)[1].strip() for line in info.read_text().splitlines() if line.startswith("model name")]
+        if info.exists()
+        else []
+    )
+    return f"{names[0]}, {len(names)} processors" if names else f"{platform.processor()}, {os.cpu_count()} processors"
+
+
+def device_name(record: Dict[str, Any]) -> str:
+    """One line about where a measurement was made."""
+    where = record.get("gpu") or f"{record['cpu']}, {record['cpu_capability']}, {record['threads']} threads"
+    return f"{where}; torch {record['torch']}, timm {record['timm']}"
+
+
+def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
+    """A Markdown table with aligned columns; the first is text, the others are numbers."""
+    cells = [[str(cell) for cell in row] for row in [header, *rows]]
+    widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
+    lines = [
+        "| "
+        + " | ".join(c.ljust(w) if i == 0 else c.rjust(w) for i, (c, w) in enumerate(zip(row, widths, strict=True)))
+        + " |"
+        for row in cells
+    ]
+    rule = "|" + "|".join("-" * (w + 2) if i == 0 else "-" * (w + 1) + ":" for i, w in enumerate(widths)) + "|"
+    return "\n".join([lines[0], rule, *lines[1:]])
+
+
+def save(out: Union[str, Path], name: str, record: Dict[str, Any]) -> Path:
+    """Writes a record as `NAME.json` into a folder, making it; returns the path without its suffix."""
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    return folder / name
+
+
+def pick_device(name: str) -> torch.device:
+    """The device of that name; 'auto' is the GPU where there is one.
+
+    Raises:
+        SystemExit: There is no such device here.
+    """
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if name.startswith("cuda") and not torch.cuda.is_available():
+        raise SystemExit("benchmarks: no GPU here that PyTorch can use; --device cpu measures the CPU")
+    return torch.device(name)

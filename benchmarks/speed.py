@@ -1,0 +1,361 @@
+"""Models side by side in one run: throughput, latency, training step, memory.
+
+python -m benchmarks.speed container_light:eager,fused resnet50:eager,channels_last released:eager --released models.py
+
+An entry is a model of timm's registry, ours among them, then its settings: several after commas, parts of one joined
+by `+`. Every setting of every entry is measured by turns in the same run, and its answers are compared with those of
+the same weights in float32, eager.
+
+  eager          as created
+  fused          container.fuse.fuse (timm's reparameterize_model for other models)
+  channels_last  weights and images in that memory format
+  bf16           weights and images in bfloat16
+  amp            autocast to bfloat16
+  compile        torch.compile
+  freeze         torch.compile, the weights as constants (inductor's freezing); CPU
+  aot            torch.export, then AOTInductor (on a CPU with freezing)
+  onnx           ONNX Runtime, CPU
+
+`released` is the authors' network: `container_v1_light` of the models.py that --released names.
+"""
+
+import argparse
+import contextlib
+import copy
+import importlib.util
+import sys
+import tempfile
+import traceback
+import warnings
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+from torch import Tensor, nn
+
+import container.fuse
+
+from . import measure
+
+SETTINGS = ("eager", "fused", "channels_last", "bf16", "amp", "compile", "freeze", "aot", "onnx")
+INFERENCE_ONLY = {"fused", "freeze", "aot", "onnx"}
+WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "images/s, training step"}
+
+
+class Entry(NamedTuple):
+    """A model and one setting of it."""
+
+    model: str
+    settings: Tuple[str, ...]
+
+    def __str__(self) -> str:
+        return f"{self.model}:{'+'.join(self.settings)}"
+
+
+def parse(words: List[str]) -> List[Entry]:
+    """`NAME[:SETTING[+SETTING ...][,...]]` words to entries.
+
+    Raises:
+        SystemExit: A setting is unknown, or an entry is named twice.
+    """
+    entries = []
+    for word in words:
+        name, _, variants = word.partition(":")
+        for variant in (variants or "eager").split(","):
+            settings = tuple(variant.split("+"))
+            for setting in settings:
+                if setting not in SETTINGS:
+                    raise SystemExit(
+                        f"benchmarks: unknown setting {setting!r} in {word}: choose from {', '.join(SETTINGS)}"
+                    )
+            entries.append(Entry(name, settings))
+    twice = {str(entry) for entry in entries if entries.count(entry) > 1}
+    if twice:
+        raise SystemExit(f"benchmarks: named twice: {', '.join(sorted(twice))}")
+    return entries
+
+
+def released(path: str) -> nn.Module:
+    """The authors' CONTAINER-LIGHT from their models.py, as users have it.
+
+    Args:
+        path: That file, or its folder.
+
+    Raises:
+        SystemExit: There is no such file, or it does not define the network.
+    """
+    file = Path(path) / "models.py" if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise SystemExit(f"benchmarks: no released code at {file}")
+    spec = importlib.util.spec_from_file_location("released_container", file)
+    assert spec is not None and spec.loader is not None
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module  # timm's registry looks for it there
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # it imports from where timm had its layers in 2021
+        spec.loader.exec_module(module)
+        if not hasattr(module, "container_v1_light"):
+            raise SystemExit(f"benchmarks: {file} has no container_v1_light")
+        return module.container_v1_light()
+
+
+def create(name: str, img_size: int, released_path: Optional[str]) -> nn.Module:
+    """A model with random weights, the same at every call.
+
+    Raises:
+        SystemExit: No model has that name, or `released` comes without a path.
+    """
+    torch.manual_seed(0)
+    if name == "released":
+        if released_path is None:
+            raise SystemExit("benchmarks: `released` needs --released PATH, the authors' models.py")
+        return released(released_path)
+    if not timm.is_model(name):
+        raise SystemExit(f"benchmarks: timm knows no model {name!r}")
+    model = timm.create_model(name)
+    default = getattr(model, "default_cfg", {}).get("input_size", (3, img_size, img_size))
+    if tuple(default[-2:]) != (img_size, img_size) and hasattr(model, "set_input_size"):
+        model.set_input_size(img_size=img_size)
+    return model
+
+
+def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tuple[Callable[[], Any], int]:
+    """The work that is timed, and the bytes that it holds between two calls (weights, statistics, optimizer).
+
+    Args:
+        entry: What is measured.
+        model: Its model, in float32 on the CPU; a copy is changed.
+        images: (B, 3, S, S) in float32 on the device.
+        train: A step of AdamW on random labels; else a forward pass, which the work returns.
+
+    Raises:
+        ValueError: The settings do not go together.
+    """
+    settings, device = set(entry.settings), images.device
+    if train and settings & INFERENCE_ONLY:
+        raise ValueError(f"{'+'.join(sorted(settings & INFERENCE_ONLY))} is for inference")
+    model = copy.deepcopy(model).train(train)
+    if "fused" in settings:
+        model = container.fuse.fuse(model)
+    model = model.to(device)
+    if "bf16" in settings:
+        model, images = model.bfloat16(), images.bfloat16()
+    if "channels_last" in settings:
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+    held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
+
+    def cast() -> Any:
+        return torch.autocast(device.type, torch.bfloat16) if "amp" in settings else contextlib.nullcontext()
+
+    run: Callable[[Tensor], Tensor] = model
+    if "compile" in settings or "freeze" in settings:
+        torch._dynamo.reset()
+        run = torch.compile(model, options={"freezing": True} if "freeze" in settings else None)  # type: ignore[assignment]
+    elif "aot" in settings:
+        run = _aot(model, images)
+    elif "onnx" in settings:
+        run = _onnx(model, images)
+
+    if not train:
+
+        def infer() -> Tensor:
+            with torch.no_grad(), cast():
+                return run(images)
+
+        return infer, held
+
+    labels = torch.randint(0, 1000, (len(images),), device=device)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
+
+    def step() -> None:
+        with cast():
+            logits = run(images)
+        nn.functional.cross_entropy(logits.float(), labels).backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    step()  # makes the optimizer's state
+    state = [t for group in optimizer.state.values() for t in group.values() if isinstance(t, Tensor)]
+    return step, held + sum(t.numel() * t.element_size() for t in state)
+
+
+def _aot(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    program = torch.export.export(model, (images,))
+    with tempfile.TemporaryDirectory() as folder:
+        package = torch._inductor.aoti_compile_and_package(
+            program,
+            package_path=f"{folder}/model.pt2",
+            inductor_configs={"freezing": images.device.type == "cpu"},
+        )
+        return torch._inductor.aoti_load_package(package)
+
+
+def _onnx(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+    import onnxruntime
+
+    if images.device.type != "cpu" or images.dtype != torch.float32:
+        raise ValueError("onnx is measured on the CPU in float32")
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = torch.get_num_threads()
+    with tempfile.TemporaryDirectory() as folder:
+        file = f"{folder}/model.onnx"
+        torch.onnx.export(model, (images,), file, input_names=["images"], dynamo=True, verbose=False)
+        session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
+
+    def run(images: Tensor) -> Tensor:
+        return torch.from_numpy(session.run(None, {"images": images.numpy()})[0])
+
+    return run
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Measures, prints tables, and writes `speed.json` and `speed.png` with --out."""
+    args = _parser().parse_args(argv)
+    entries, device = parse(args.entries), measure.pick_device(args.device)
+    if args.threads:
+        torch.set_num_threads(args.threads)
+    models = {name: create(name, args.img_size, args.released) for name in dict.fromkeys(e.model for e in entries)}
+    record: Dict[str, Any] = {
+        "environment": measure.environment(device),
+        "img_size": args.img_size,
+        "batch_size": args.batch_size,
+        "rounds": args.rounds,
+        "seconds": args.seconds,
+        "rows": [],
+    }
+    print(measure.device_name(record["environment"]), file=sys.stderr)
+    for work in args.work:
+        record["rows"] += _measure(work, entries, models, device, args)
+        print(report(record, work), flush=True)
+    if args.out:
+        stem = measure.save(args.out, args.name, record)
+        draw(record, stem.with_suffix(".png"))
+        print(f"{stem}.json, {stem}.png", file=sys.stderr)
+    failed = [row for row in record["rows"] if "error" in row]
+    for row in failed:
+        print(f"benchmarks: {row['entry']}, {row['work']}: {row['error']}", file=sys.stderr)
+    if failed:
+        raise SystemExit(1)
+
+
+def _measure(
+    work: str, entries: List[Entry], models: Dict[str, nn.Module], device: torch.device, args: argparse.Namespace
+) -> List[Dict[str, Any]]:
+    batch = 1 if work == "latency" else args.batch_size
+    images = torch.randn(batch, 3, args.img_size, args.img_size, generator=torch.Generator().manual_seed(0))
+    rows, works = [], {}
+    answers: Dict[str, Tensor] = {}
+    for entry in entries:
+        print(f"  {work}: preparing {entry}", file=sys.stderr, flush=True)
+        model = models[entry.model]
+        row: Dict[str, Any] = {"entry": str(entry), "model": entry.model, "work": work, "batch_size": batch}
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        rows.append(row)
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compilers, about themselves
+                call, held = prepare(entry, model, images.to(device), work == "train")
+                answer = call()
+                peak = None if "onnx" in entry.settings else measure.peak_memory(call, device)
+        except (Exception, SystemExit) as error:  # one entry's failure is a row, not the end of the others
+            if args.traceback:
+                traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        if work != "train":
+            if entry.model not in answers:
+                with torch.no_grad():
+                    answers[entry.model] = model.eval()(images[:2])
+            expected = answers[entry.model]
+            row["difference"] = float((answer[:2].float().cpu() - expected).abs().max() / expected.abs().max())
+        row["peak_memory"] = None if peak is None else peak + held
+        works[str(entry)] = call
+    times = measure.interleave(works, args.rounds, args.seconds) if works else {}
+    first = next(iter(times), None)
+    for row in rows:
+        if row["entry"] in times and first is not None:
+            row["seconds"] = times[row["entry"]]
+            row["faster"] = measure.ratios(times[first], row["seconds"])
+    return rows
+
+
+def report(record: Dict[str, Any], work: str) -> str:
+    """The table of one kind of work, in Markdown; the last column but two is the speed over the first row's."""
+    rows = [row for row in record["rows"] if row["work"] == work]
+    lines = []
+    for row in rows:
+        if "error" in row:
+            lines.append([row["entry"], "failed", "", "", "", ""])
+            continue
+        low, median, high = (_figure(row, s) for s in measure.spread(row["seconds"]))
+        _, faster, _ = measure.spread(row["faster"])
+        peak, difference = row["peak_memory"], row.get("difference")
+        lines.append(
+            [
+                row["entry"],
+                f"{median:.1f}",
+                f"{min(low, high):.1f} - {max(low, high):.1f}",
+                f"{faster:.2f}",
+                "" if peak is None else f"{peak / 2**20:.0f}",
+                "" if difference is None else f"{difference:.0e}",
+            ]
+        )
+    batch = rows[0]["batch_size"]
+    header = [f"batch {batch}, {record['img_size']} px", WORKS[work], "quartiles", "x first", "peak MiB", "difference"]
+    return "\n" + measure.table(header, lines) + "\n"
+
+
+def _figure(row: Dict[str, Any], seconds: float) -> float:
+    return seconds * 1e3 if row["work"] == "latency" else row["batch_size"] / seconds
+
+
+def draw(record: Dict[str, Any], path: Path) -> None:
+    """Bars of every kind of work, medians with quartiles, into a PNG."""
+    import matplotlib
+
+    matplotlib.use("Agg")
+    import matplotlib.pyplot as plt
+
+    works = list(dict.fromkeys(row["work"] for row in record["rows"]))
+    by_work = [[row for row in record["rows"] if row["work"] == work and "seconds" in row] for work in works]
+    height = 1.2 + 0.3 * max(len(rows) for rows in by_work)
+    figure, axes = plt.subplots(1, len(works), figsize=(7 * len(works), height), squeeze=False, layout="constrained")
+    names = list(dict.fromkeys(row["model"] for row in record["rows"]))
+    colors = {name: plt.get_cmap("tab10")(i % 10) for i, name in enumerate(names)}
+    for axis, work, rows in zip(axes[0], works, by_work, strict=True):
+        for i, row in enumerate(rows):
+            low, median, high = sorted(_figure(row, s) for s in measure.spread(row["seconds"]))
+            axis.barh(i, median, color=colors[row["model"]], xerr=[[median - low], [high - median]], capsize=2)
+            axis.text(median, i, f" {median:.1f}", va="center", fontsize=8)
+        axis.set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
+        axis.invert_yaxis()
+        axis.margins(x=0.12)
+        axis.set_xlabel(WORKS[work])
+        axis.set_title("less is better" if work == "latency" else "more is better", fontsize=9)
+    figure.suptitle(measure.device_name(record["environment"]), fontsize=9)
+    figure.savefig(path, dpi=120)
+    plt.close(figure)
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]")
+    parser.add_argument("--work", nargs="+", choices=list(WORKS), default=["infer"], help="default: infer")
+    parser.add_argument("--batch-size", type=int, default=8, help="of infer and train; default 8")
+    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: the GPU where there is one")
+    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of every entry; default 9")
+    parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn; default 1")
+    parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
+    parser.add_argument("--out", metavar="DIR", help="where the JSON and the picture go")
+    parser.add_argument("--name", default="speed", help="their name; default: speed")
+    parser.add_argument("--traceback", action="store_true", help="show where an entry fails")
+    return parser
+
+
+if __name__ == "__main__":
+    main()
