@@ -207,22 +207,27 @@ def report(row: Dict[str, Any]) -> str:
     return measure.table([title, "ms", "quartiles", "x fastest"], lines)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
-    """Measures and prints every part asked for; writes `parts.json` with --out."""
-    parser = argparse.ArgumentParser(
+def parser() -> argparse.ArgumentParser:
+    """The options."""
+    options = argparse.ArgumentParser(
         prog="python -m benchmarks.parts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    parser.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3, 4), default=(1, 2, 3, 4))
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--backward", action="store_true", help="forward and backward, as in training")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=0.1, help="least length of a turn; default 0.1")
-    parser.add_argument("--out", metavar="DIR")
-    parser.add_argument("--name", default="parts")
-    args = parser.parse_args(argv)
+    options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
+    options.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3, 4), default=(1, 2, 3, 4))
+    options.add_argument("--batch-size", type=int, default=8)
+    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
+    options.add_argument("--device", default="auto")
+    options.add_argument("--backward", action="store_true", help="forward and backward, as in training")
+    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--seconds", type=float, default=0.1, help="least length of a turn; default 0.1")
+    options.add_argument("--out", metavar="DIR")
+    options.add_argument("--name", default="parts")
+    return options
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Measures and prints every part asked for; writes `parts.json` with --out."""
+    args = parser().parse_args(argv)
     device = measure.pick_device(args.device)
     record: Dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}
     print(measure.device_name(record["environment"]), file=sys.stderr)

@@ -108,8 +108,10 @@ class FusedBlock(nn.Module):
             self.norm1 = _absorb(block.norm1, *_readers(self.aggregation))
             self.norm2 = _absorb(block.norm2, self.mlp.fc1)
             _absorb_gate(self.aggregation)
-        if isinstance(self.mlp.act, get_act_layer("gelu")):
-            self.mlp.fc1, self.mlp.act = ConvGELU(self.mlp.fc1), nn.Identity()
+        exact = getattr(self.mlp.act, "approximate", "none") == "none"
+        if isinstance(self.mlp.act, (get_act_layer("gelu"), nn.GELU)) and exact:
+            self.mlp.fc1 = ConvGELU(self.mlp.fc1)  # type: ignore[assignment, arg-type]
+            self.mlp.act = nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""

@@ -1,13 +1,19 @@
 """Fused models give the answers of the models that they come from."""
 
+import copy
+import pickle
+
 import pytest
 import timm
 import torch
+import torch.nn.functional as F
 from conftest import randomize
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
 
 from container.aggregation import ConvexGate
 from container.detection import feature_pyramid
-from container.fuse import FusedBlock, fuse
+from container.fuse import ConvGELU, FusedBlock, fuse
 
 NAMES = timm.list_models("container*")
 
@@ -101,3 +107,120 @@ def test_training_mode_is_refused():
             fuse(unfused)
     with pytest.raises(ValueError, match="call eval"):
         timm.models.reparameterize_model(timm.create_model("container_light_nano"))
+
+
+def pair(dim=24, hidden=96):
+    conv = nn.Conv2d(dim, hidden, 1)
+    return conv, ConvGELU(conv).eval()
+
+
+@pytest.mark.parametrize("scale", [0.01, 1.0, 30.0])
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+@pytest.mark.parametrize("shape", [(1, 24, 1, 1), (2, 24, 7, 9), (3, 24, 56, 56)])
+@torch.no_grad()
+def test_gelu_in_the_convolution(shape, memory_format, scale):
+    torch.manual_seed(0)
+    conv, one = pair()
+    x = (torch.randn(shape) * scale).to(memory_format=memory_format)
+    expected = F.gelu(conv.double()(x.double()))
+    conv.float()
+    assert (one(x) - expected).abs().max() < 2e-6 * max(1.0, expected.abs().max())
+
+
+def test_the_kernel_is_used_where_it_is_to_be_had():
+    if not torch.backends.mkldnn.is_available():
+        pytest.skip("this build of PyTorch has no oneDNN")
+    _, one = pair()
+    x = torch.randn(1, 24, 8, 8)
+
+    def kernels():
+        with torch.profiler.profile() as profile:
+            one(x)
+        return {event.key for event in profile.key_averages()}
+
+    with torch.no_grad():
+        assert "mkldnn::_convolution_pointwise" in kernels() and "aten::gelu" not in kernels()
+        with torch.autocast("cpu", torch.bfloat16):
+            assert "aten::gelu" in kernels()
+        with torch.backends.mkldnn.flags(enabled=False):
+            assert "aten::gelu" in kernels()
+    assert "aten::gelu" in kernels()  # the weights want gradients
+
+
+def test_gradients_of_a_fused_model():
+    torch.manual_seed(0)
+    unfused = model("container_light_nano")
+    found, expected = (torch.randn(1, 3, 64, 64, generator=torch.Generator().manual_seed(1)) for _ in range(2))
+    for network, x in ((fuse(unfused), found), (unfused, expected)):
+        network(x.requires_grad_()).sum().backward()
+    assert difference(found.grad, expected.grad) < 1e-4
+
+
+@torch.no_grad()
+def test_other_types():
+    torch.manual_seed(0)
+    unfused = model("container_light_nano")
+    x = torch.randn(2, 3, 64, 64)
+    expected = unfused(x)
+    fused = fuse(unfused)
+    assert difference(copy.deepcopy(fused).bfloat16()(x.bfloat16()).float(), expected) < 0.1
+    with torch.autocast("cpu", torch.bfloat16):
+        assert difference(fused(x).float(), expected) < 0.1
+    assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
+
+
+@pytest.mark.parametrize("how", ["script", "trace", "fx", "export", "compile"])
+@torch.no_grad()
+def test_what_traces_records_portable_layers(how):
+    """No graph has the CPU's own kernel in it; each gives the model's answers."""
+    torch.manual_seed(0)
+    unfused = model("container_light_nano")
+    fused, x = fuse(unfused), torch.randn(2, 3, 64, 64)
+    graph = ""
+    if how == "script":
+        traced = torch.jit.script(fused)
+        graph = str(traced.inlined_graph)
+    elif how == "trace":
+        traced = torch.jit.trace(fused, x)
+        graph = str(traced.inlined_graph)
+    elif how == "fx":
+        traced = torch.fx.symbolic_trace(fused.stages[0].blocks)
+        x = torch.randn(2, 16, 8, 8)
+        unfused, graph = unfused.stages[0].blocks, str(traced.graph)
+    elif how == "export":
+        program = torch.export.export(fused, (x,))
+        traced, graph = program.module(), str(program.graph)
+    else:
+        seen = []
+
+        def backend(module, inputs):
+            seen.append(str(module.graph))
+            return module
+
+        torch._dynamo.reset()
+        traced = torch.compile(fused, backend=backend, fullgraph=True)
+        traced(x)
+        graph = "".join(seen)
+    assert "mkldnn" not in graph and "gelu" in graph
+    assert difference(traced(x), unfused(x)) < 1e-5
+
+
+@torch.no_grad()
+def test_flops_are_counted_as_before():
+    unfused = timm.create_model("container_light_nano").eval()
+    counts = []
+    for network in (unfused, fuse(unfused)):
+        with FlopCounterMode(display=False) as counter:
+            network(torch.randn(1, 3, 64, 64))
+        counts.append(counter.get_total_flops())
+    assert counts[0] == counts[1] > 0
+
+
+@pytest.mark.parametrize(("act", "fused"), [("gelu", True), (nn.GELU, True), ("gelu_tanh", False), ("relu", False)])
+@torch.no_grad()
+def test_activations(act, fused):
+    torch.manual_seed(0)
+    unfused = model("container_light_nano", act_layer=act)
+    x = torch.randn(1, 3, 64, 64)
+    assert any(isinstance(m, ConvGELU) for m in fuse(unfused).modules()) == fused
+    assert difference(fuse(unfused)(x), unfused(x)) < 1e-5

@@ -1,0 +1,286 @@
+"""The benchmarks measure what they say. Nothing here depends on how fast this machine is."""
+
+import json
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+import timm
+import torch
+from PIL import Image
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from benchmarks import measure, memory, parts, roofline, speed
+
+ROOT = Path(__file__).parent.parent
+CPU = torch.device("cpu")
+
+
+def command(name, *words, code=0):
+    """Runs a benchmark as a user would; returns what it wrote to the terminal."""
+    done = subprocess.run(
+        [sys.executable, "-m", f"benchmarks.{name}", *map(str, words)], cwd=ROOT, capture_output=True, text=True
+    )
+    assert done.returncode == code, done.stderr
+    assert "Traceback" not in done.stderr
+    return done
+
+
+def is_a_picture(path):
+    pixels = np.asarray(Image.open(path).convert("RGB")).reshape(-1, 3)
+    return len(np.unique(pixels, axis=0)) > 50 and (pixels != 255).any(axis=1).mean() > 0.01
+
+
+# --------------------------------------------------------------------------------------------------------- measure
+
+
+def test_works_take_turns():
+    calls = []
+    works = {name: lambda name=name: calls.append(name) for name in "abc"}
+    times = measure.interleave(works, rounds=4, seconds=0.0)
+    assert {name: len(seconds) for name, seconds in times.items()} == dict(a=4, b=4, c=4)
+    assert "".join(calls).endswith("abc" + "bca" + "cab" + "abc")  # which one begins a round changes
+
+
+def test_a_turn_is_as_long_as_asked_for():
+    count = []
+    measure.interleave({"sleep": lambda: (count.append(1), torch.rand(300, 300) @ torch.rand(300, 300))}, 3, 0.05)
+    assert len(count) > 3 * 3
+
+
+def test_spread_and_ratios():
+    values = [4.0, 1.0, 2.0, 3.0, 10.0]
+    assert measure.spread(values) == tuple(np.quantile(values, [0.25, 0.5, 0.75]))
+    assert measure.spread([2.0]) == (2.0, 2.0, 2.0)
+    assert measure.ratios([2.0, 3.0], [1.0, 6.0]) == [2.0, 0.5]
+
+
+def test_peak_memory_is_that_of_the_call():
+    if measure.peak_memory(lambda: None, CPU) is None:
+        pytest.skip("this system does not tell a process's peak of resident pages")
+    size = 96 * 2**20
+
+    def work():
+        a = torch.ones(size // 4)
+        b = a * 2
+        del a
+        return (b + 1).sum()
+
+    work()
+    kept = torch.ones(size // 4)  # before the call, so not counted
+    assert 1.9 * size < measure.peak_memory(work, CPU) < 2.4 * size
+    assert kept.sum() == size // 4
+
+
+def test_environment_is_recorded():
+    record = measure.environment(CPU)
+    assert record["torch"] == torch.__version__ and record["timm"] == timm.__version__
+    assert record["threads"] == torch.get_num_threads() and record["cpu"]
+    assert record["torch"] in measure.device_name(record)
+
+
+def test_table():
+    lines = measure.table(["name", "ms"], [["a", "1.0"], ["longer", "20.0"]]).splitlines()
+    assert lines == ["| name   |   ms |", "|--------|-----:|", "| a      |  1.0 |", "| longer | 20.0 |"]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_no_such_device():
+    done = command("speed", "container_light_nano", "--device", "cuda", code=1)
+    assert "no GPU here" in done.stderr
+
+
+# ----------------------------------------------------------------------------------------------------------- speed
+
+
+def test_entries():
+    found = [str(entry) for entry in speed.parse(["resnet18", "container_light:fused,fused+channels_last"])]
+    assert found == ["resnet18:eager", "container_light:fused", "container_light:fused+channels_last"]
+
+
+@pytest.mark.parametrize(
+    ("words", "said"),
+    [
+        (["container_light_nano:fast"], "unknown setting 'fast'"),
+        (["no_such_model"], "timm knows no model 'no_such_model'"),
+        (["released"], "needs --released PATH"),
+        (["released", "--released", "nowhere"], "no released code at nowhere"),
+        (["resnet18", "resnet18:eager"], "named twice: resnet18:eager"),
+    ],
+)
+def test_bad_entries(words, said):
+    assert said in command("speed", *words, "--device", "cpu", code=1).stderr
+
+
+def test_side_by_side(tmp_path):
+    entries = ["container_light_nano:eager,fused,fused+channels_last,bf16,amp", "resnet10t"]
+    options = ["--batch-size", 2, "--img-size", 64, "--rounds", 3, "--seconds", 0.01, "--device", "cpu"]
+    done = command("speed", *entries, *options, "--work", "infer", "latency", "train", "--out", tmp_path, code=1)
+    record = json.loads((tmp_path / "speed.json").read_text())
+    rows = {(row["work"], row["entry"]): row for row in record["rows"]}
+    assert len(rows) == 3 * 6
+    for (work, entry), row in rows.items():
+        if work == "train" and "fused" in entry:
+            assert "is for inference" in row["error"] and row["error"] in done.stderr  # nothing is dropped silently
+            continue
+        assert len(row["seconds"]) == 3 and min(row["seconds"]) > 0
+        first = rows[work, "container_light_nano:eager"]
+        assert row["faster"] == pytest.approx([a / b for a, b in zip(first["seconds"], row["seconds"])])
+        assert row["batch_size"] == (1 if work == "latency" else 2)
+        if work != "train":
+            assert row["difference"] < (0.1 if "bf16" in entry or "amp" in entry else 1e-5)
+        median = np.median(row["seconds"])
+        figure = median * 1e3 if work == "latency" else row["batch_size"] / median
+        assert f" {figure:.1f} |" in done.stdout
+    assert rows["infer", "container_light_nano:eager"]["difference"] == 0
+    assert rows["infer", "resnet10t:eager"]["parameters"] == sum(
+        p.numel() for p in timm.create_model("resnet10t").parameters()
+    )
+    assert is_a_picture(tmp_path / "speed.png")
+
+
+STAND_IN = """
+import torch
+from timm.models.registry import register_model
+
+@register_model
+def container_v1_light(pretrained=False, **kwargs):
+    return torch.nn.Sequential(torch.nn.Conv2d(3, 8, 8, 8), torch.nn.AdaptiveAvgPool2d(1), torch.nn.Flatten())
+"""
+
+
+def test_released_code_from_a_path(tmp_path):
+    """A file in the authors' layout, which imports from where timm had its registry in 2021."""
+    (tmp_path / "models.py").write_text(STAND_IN)
+    words = ["released", "container_light_nano", "--batch-size", 1, "--img-size", 64, "--rounds", 1, "--seconds", 0]
+    for path in (tmp_path, tmp_path / "models.py"):
+        done = command("speed", *words, "--released", path, "--device", "cpu")
+        assert "released:eager" in done.stdout
+    (tmp_path / "models.py").write_text("import torch\n")
+    assert "no container_v1_light" in command("speed", *words, "--released", tmp_path, code=1).stderr
+
+
+def test_models_tied_to_a_size_follow_it():
+    model = speed.create("container_mixer", 64, None)
+    assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
+
+
+@pytest.mark.slow
+def test_compiled_and_exported_entries(tmp_path):
+    """Point by point the same answers as eager: inductor, its freezing, AOTInductor, ONNX Runtime."""
+    entries = "container_light_nano:eager,fused+compile,fused+freeze,fused+freeze+channels_last,fused+aot,fused+onnx"
+    options = ["--batch-size", 2, "--img-size", 64, "--rounds", 2, "--seconds", 0.01, "--device", "cpu"]
+    command("speed", entries, *options, "--out", tmp_path)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert len(rows) == 6 and all(row["difference"] < 1e-5 for row in rows)
+    command("speed", "container_light_nano:compile", *options, "--work", "train")
+
+
+# -------------------------------------------------------------------------------------------------------- roofline
+
+
+@torch.no_grad()
+def test_bytes_and_operations_of_one_convolution():
+    conv, x = nn.Conv2d(8, 16, 1), torch.randn(2, 8, 10, 12)
+    found = roofline.record(lambda: conv(x), CPU, 2)
+    (part,) = [part for name, part in found.items() if name == "convolution 1x1 @ 10x12"]
+    assert part["runs"] == 1 and part["flops"] == 2 * 2 * 8 * 16 * 120
+    assert part["bytes"] == 4 * (x.numel() + 2 * 16 * 120 + 8 * 16 + 16)
+    summed, least = roofline.bounds(found, dict(bandwidth=1e9, rate=1e12))
+    assert part["bound"] == pytest.approx(max(part["bytes"] / 1e9, part["flops"] / 1e12)) and least <= summed
+
+
+@torch.no_grad()
+def test_views_move_nothing():
+    x = torch.randn(4, 6)
+    assert roofline.record(lambda: x.t()[2:4].unsqueeze(0).expand(3, 2, 4), CPU, 1) == {}
+
+
+@pytest.mark.parametrize("setting", ["eager", "fused"])
+def test_all_operations_are_found(setting):
+    model = speed.create("container_light_nano", 64, None)
+    images = torch.randn(2, 3, 64, 64)
+    work, _ = speed.prepare(speed.Entry("", (setting,)), model, images, False)
+    with FlopCounterMode(display=False) as counter:
+        work()
+    found = roofline.record(work, CPU, 1)
+    assert sum(part["flops"] for part in found.values()) == counter.get_total_flops()
+
+
+def test_a_training_step_has_its_backward_parts():
+    model = speed.create("container_light_nano", 64, None)
+    work, held = speed.prepare(speed.Entry("", ("eager",)), model, torch.randn(2, 3, 64, 64), True)
+    names = set(roofline.record(work, CPU, 1))
+    assert {"convolution depthwise 5x5 backward @ 16x16", "attention", "attention backward"} <= names
+    weights = sum(p.numel() for p in model.parameters())
+    assert held > 3 * 4 * weights  # AdamW keeps two numbers for each
+
+
+def test_roofline_command(tmp_path):
+    words = ["--batch-size", 1, "--img-size", 64, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--out", tmp_path]
+    done = command("roofline", "container_light_nano:eager,fused", *words)
+    record = json.loads((tmp_path / "roofline.json").read_text())
+    assert record["limits"]["float32"]["bandwidth"] > 1e8 and record["limits"]["float32"]["rate"] > 1e9
+    eager, fused = record["rows"]
+    assert not any("norm" in name and "layer" not in name for name in fused["parts"]) and fused["least_bound"] > 0
+    assert fused["sum_of_bounds"] < eager["sum_of_bounds"]
+    assert "| container_light_nano:fused" in done.stdout and "bound ms" in done.stdout
+
+
+# ------------------------------------------------------------------------------------------------- parts and memory
+
+
+@pytest.mark.parametrize("part", list(parts.PARTS))
+@pytest.mark.parametrize("backward", [False, True])
+def test_ways_of_a_part_agree(part, backward):
+    """`compare` ends the program where two ways differ."""
+    args = parts.parser().parse_args(["--batch-size", "2", "--rounds", "1", "--seconds", "0"])
+    args.backward = backward
+    row = parts.compare(part, 3, args, CPU)
+    assert len(row["seconds"]) >= 2
+    assert parts.report(row).count("\n") == len(row["seconds"]) + len(row["failed"]) + 1
+
+
+def test_ways_that_differ_are_refused(monkeypatch):
+    ways = lambda dim, ratio, heads: {"one": lambda x: x, "other": lambda x: x * 1.01}  # noqa: E731
+    monkeypatch.setitem(parts.PARTS, "norm", (ways, parts.STAGES))
+    args = parts.parser().parse_args(["--rounds", "1", "--seconds", "0"])
+    with pytest.raises(SystemExit, match=r"norm, other: answers differ by 1.0e-02"):
+        parts.compare("norm", 3, args, CPU)
+
+
+def test_parts_command(tmp_path):
+    words = ["--parts", "static 5x5", "--stages", 4, "--batch-size", 1, "--rounds", 1, "--seconds", 0]
+    done = command("parts", *words, "--device", "cpu", "--out", tmp_path)
+    assert "static 5x5, stage 4, 1 x 512 x 7 x 7" in done.stdout
+    assert json.loads((tmp_path / "parts.json").read_text())["rows"][0]["stage"] == 4
+
+
+def test_line_through_points():
+    x, y = [1.0, 2.0, 4.0, 7.0], [3.0, 4.5, 9.5, 15.0]
+    slope, intercept, r2 = memory.line(x, y)
+    assert [slope, intercept] == pytest.approx(np.polyfit(x, y, 1).tolist())
+    assert r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
+
+
+def test_memory_command(tmp_path):
+    words = ["container_nano", "--sizes", "64x64", "96x160", "128x160", "--seconds", 0, "--device", "cpu"]
+    done = command("memory", *words, "--out", tmp_path)
+    record = json.loads((tmp_path / "memory.json").read_text())
+    assert [row["tokens"] for row in record["rows"]] == [256, 960, 1280] * 2
+    assert is_a_picture(tmp_path / "memory.png") and "container_nano, forward and backward" in done.stdout
+    assert "'100' is not HEIGHTxWIDTH" in command("memory", "container_nano", "--sizes", "100", code=2).stderr
+
+
+def test_memory_is_linear_in_the_number_of_tokens():
+    """Attention in all stages on up to 16,384 tokens: a matrix of one head and block would take a GiB."""
+    if measure.peak_memory(lambda: None, CPU) is None:
+        pytest.skip("this system does not tell a process's peak of resident pages")
+    model = timm.create_model("container_nano", num_classes=0)
+    memory.run(model, torch.randn(1, 3, 64, 64), True, 0)
+    peaks = [memory.run(model, torch.randn(1, 3, s, s), True, 0)["peak_memory"] for s in (256, 512)]
+    assert peaks[1] < 5 * peaks[0]  # four times the tokens
+    assert peaks[1] < 2**30
