@@ -7,6 +7,7 @@ those of `container_light` and `container` at 224 pixels, stage by stage.
 """
 
 import argparse
+import contextlib
 import sys
 from typing import Any, Callable, Dict, List, Optional
 
@@ -23,10 +24,6 @@ from . import measure
 STAGES = ((64, 56, 8, 2), (128, 28, 8, 4), (320, 14, 4, 10), (512, 7, 4, 16))  # channels, side, MLP ratio, heads
 Way = Callable[[Tensor], Tensor]
 LAST = torch.channels_last
-
-
-def _last(module: nn.Module) -> nn.Module:
-    return module.to(memory_format=LAST)  # type: ignore[call-overload]
 
 
 def mlp(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
@@ -97,7 +94,7 @@ def attention(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     def by(*backends: SDPBackend) -> Way:
         def way(x: Tensor) -> Tensor:
             t = tokens(x)
-            with sdpa_kernel(list(backends)):
+            with sdpa_kernel(list(backends)) if backends else contextlib.nullcontext():
                 return F.scaled_dot_product_attention(t, t, t)
 
         return way
@@ -108,7 +105,7 @@ def attention(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
 
     ways: Dict[str, Way] = {
         "explicit N x N": explicit,
-        "SDPA, its own choice": lambda x: F.scaled_dot_product_attention(*[tokens(x)] * 3),
+        "SDPA, its own choice": by(),
     }
     return ways | {
         f"SDPA, {name}": by(backend)

@@ -90,7 +90,7 @@ def released(path: str) -> nn.Module:
         raise SystemExit(f"benchmarks: no released code at {file}")
     spec = importlib.util.spec_from_file_location("released_container", file)
     assert spec is not None and spec.loader is not None
-    module = importlib.util.module_from_spec(spec)
+    module: Any = importlib.util.module_from_spec(spec)
     sys.modules[spec.name] = module  # timm's registry looks for it there
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports from where timm had its layers in 2021
@@ -116,7 +116,7 @@ def create(name: str, img_size: int, released_path: Optional[str]) -> nn.Module:
     model = timm.create_model(name)
     default = getattr(model, "default_cfg", {}).get("input_size", (3, img_size, img_size))
     if tuple(default[-2:]) != (img_size, img_size) and hasattr(model, "set_input_size"):
-        model.set_input_size(img_size=img_size)
+        model.set_input_size(img_size=img_size)  # type: ignore[operator]
     return model
 
 
@@ -142,7 +142,7 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
     if "bf16" in settings:
         model, images = model.bfloat16(), images.bfloat16()
     if "channels_last" in settings:
-        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
+        model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
     held = sum(t.numel() * t.element_size() for t in [*model.parameters(), *model.buffers()])
 
     def cast() -> Any:
@@ -151,7 +151,7 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
     run: Callable[[Tensor], Tensor] = model
     if "compile" in settings or "freeze" in settings:
         torch._dynamo.reset()
-        run = torch.compile(model, options={"freezing": True} if "freeze" in settings else None)  # type: ignore[assignment]
+        run = torch.compile(model, options={"freezing": True} if "freeze" in settings else None)
     elif "aot" in settings:
         run = _aot(model, images)
     elif "onnx" in settings:
