@@ -171,7 +171,8 @@ def test_other_types():
     assert torch.equal(pickle.loads(pickle.dumps(fused))(x), fused(x))
 
 
-@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")  # of the checks of an image's size, as in timm's own models
+# TracerWarning: of the checks of an image's size, as in timm's own models.
+@pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("how", ["script", "trace", "fx", "export", "compile"])
 @torch.no_grad()
 def test_what_traces_records_portable_layers(how):
