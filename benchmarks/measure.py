@@ -109,6 +109,7 @@ def environment(device: torch.device) -> Dict[str, Any]:
             if key.startswith(
                 ("OMP_", "KMP_", "MKL_", "ONEDNN_", "DNNL_", "MALLOC_", "LD_PRELOAD", "THP_", "TORCHINDUCTOR_")
             )
+            and not key.endswith("_DIR")
         },
     }
     if device.type == "cuda":

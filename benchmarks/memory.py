@@ -93,6 +93,9 @@ def draw(record: Dict[str, Any], path: Path) -> None:
             axes[1].loglog(tokens, medians, style, color=f"C{i}", label=label)
     axes[0].set(xlabel="thousand tokens in stage 1", ylabel="GiB above the weights", title="peak memory, one image")
     axes[1].set(xlabel="thousand tokens in stage 1", ylabel="seconds", title="time, one image (both axes logarithmic)")
+    ticks = sorted({row["tokens"] / 1000 for row in record["rows"]})
+    axes[1].set_xticks(ticks, [f"{tick:.1f}" for tick in ticks])
+    axes[1].set_xticks([], minor=True)
     for axis in axes:
         axis.grid(alpha=0.3)
         axis.legend(fontsize=8)

@@ -327,10 +327,10 @@ def draw(record: Dict[str, Any], path: Path) -> None:
         for i, row in enumerate(rows):
             low, median, high = sorted(_figure(row, s) for s in measure.spread(row["seconds"]))
             axis.barh(i, median, color=colors[row["model"]], xerr=[[median - low], [high - median]], capsize=2)
-            axis.text(median, i, f" {median:.1f}", va="center", fontsize=8)
+            axis.text(high, i, f"  {median:.1f}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
         axis.invert_yaxis()
-        axis.margins(x=0.12)
+        axis.margins(x=0.12, y=0.01)
         axis.set_xlabel(WORKS[work])
         axis.set_title("less is better" if work == "latency" else "more is better", fontsize=9)
     figure.suptitle(measure.device_name(record["environment"]), fontsize=9)

@@ -123,9 +123,11 @@ class FusedBlock(nn.Module):
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of a model with every `Block` as a `FusedBlock`, and the last norm in the classifier.
 
-    Answers are those of the model but for rounding. The last norm moves only where a mean over the map and a linear
-    classifier follow; `forward_features` of the copy then gives the map in front of it. timm's `reparameterize_model`
-    does the same, also to a `features_only` model, except for this last norm.
+    Answers are those of the model but for rounding. The weights are in `channels_last`, which the maps follow: the
+    faster layout of the MLPs, the residual convolutions and the norms (docs/benchmarks.md). The last norm moves only
+    where a mean over the map and a linear classifier follow; `forward_features` of the copy then gives the map in front
+    of it. timm's `reparameterize_model` does the same, also to a `features_only` model, except for the layout and this
+    last norm.
 
     Args:
         model: Any model that holds blocks, in evaluation mode.
@@ -139,7 +141,7 @@ def fuse(model: nn.Module) -> nn.Module:
     if isinstance(fused, Container) and fused.head.global_pool.pool_type == "avg":
         with torch.no_grad():
             fused.norm = _absorb(fused.norm, fused.head.fc)
-    return fused
+    return fused.to(memory_format=torch.channels_last)
 
 
 def _readers(aggregation: Aggregation) -> Tuple[nn.Module, ...]:

@@ -262,6 +262,14 @@ def test_parts_command(tmp_path):
     assert json.loads((tmp_path / "parts.json").read_text())["rows"][0]["stage"] == 4
 
 
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_the_gpu_command_reads_well(tmp_path):
+    """Without a GPU every part of it gets as far as to say so, and all are named at the end."""
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh", tmp_path, tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1 and done.stdout.count("no GPU here") == 8
+    assert "failed: infer latency train roofline-infer roofline-train parts-infer parts-train memory" in done.stderr
+
+
 def test_line_through_points():
     x, y = [1.0, 2.0, 4.0, 7.0], [3.0, 4.5, 9.5, 15.0]
     slope, intercept, r2 = memory.line(x, y)

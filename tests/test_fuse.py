@@ -45,6 +45,13 @@ def test_same_answers(name, seed):
 
 
 @torch.no_grad()
+def test_maps_are_channels_last():
+    fused = fuse(model("container_light_nano"))
+    for x in (torch.randn(2, 3, 64, 64), torch.randn(2, 3, 64, 64).to(memory_format=torch.channels_last)):
+        assert fused.forward_features(x).is_contiguous(memory_format=torch.channels_last)
+
+
+@torch.no_grad()
 def test_in_double_the_difference_vanishes():
     unfused = model("container_nano").double()
     x = torch.randn(1, 3, 64, 64, dtype=torch.float64)
