@@ -6,10 +6,12 @@ container weights show NAME          a record
 container weights verify [NAME]      files that are here, against their records
 container weights import FILE --as NAME [--out FILE] [--ema]
 container weights export NAME FOLDER
+container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
 """
 
 import argparse
+import importlib.util
 import json
 import os
 import runpy
@@ -68,6 +70,18 @@ def _parser() -> argparse.ArgumentParser:
     family = commands.add_parser("list", help="the family")
     family.add_argument("--markdown", action="store_true", help="as the README's table")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
+    pictures = commands.add_parser("figures", help="what each affinity does with an image, as pictures")
+    pictures.add_argument("image", metavar="IMAGE", help="a photo; its middle square is what the model sees")
+    pictures.add_argument(
+        "--model", metavar="NAME[.tag]", required=True, help="without a tag or --checkpoint: random weights"
+    )
+    pictures.add_argument("--out", metavar="DIR", required=True)
+    pictures.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    pictures.add_argument(
+        "--pixel", nargs=2, type=int, metavar=("X", "Y"), help="the token whose row is drawn; the middle"
+    )
+    pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
+    pictures.set_defaults(command=_figures)
     commands.add_parser("run", help="a script of timm's, with the models", add_help=False)
 
     group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
@@ -89,6 +103,16 @@ def _parser() -> argparse.ArgumentParser:
     export.add_argument("out", metavar="FOLDER")
     export.set_defaults(command=_export)
     return parser
+
+
+def _figures(args: argparse.Namespace) -> None:
+    if importlib.util.find_spec("matplotlib") is None:
+        raise SystemExit("container: pictures need matplotlib: pip install matplotlib")
+    from . import figures
+
+    pixel = tuple(args.pixel) if args.pixel else None
+    for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
+        print(path)
 
 
 def _list(args: argparse.Namespace) -> None:

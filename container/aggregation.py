@@ -111,18 +111,18 @@ class Aggregation(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """Y for a map X, both (B, C, H, W)."""
-        v = self.value(x)
+        return self.proj_drop(self.proj(self.mix(x, self.value(x))))
+
+    def mix(self, x: Tensor, v: Tensor) -> Tensor:
+        """(alpha A(X) + beta A) V for the maps X and V, both (B, C, H, W)."""
         if self.dynamic is not None and self.static is not None:
             if self.gate is not None:
                 alpha, beta = self.gate()
-                y = alpha * self.dynamic(x, v) + beta * self.static(x, v)
-            else:
-                y = self.dynamic(x, v) + self.static(x, v)
-        elif self.dynamic is not None:
-            y = self.dynamic(x, v)
-        else:
-            y = self.static(x, v)  # type: ignore[misc]
-        return self.proj_drop(self.proj(y))
+                return alpha * self.dynamic(x, v) + beta * self.static(x, v)
+            return self.dynamic(x, v) + self.static(x, v)
+        if self.dynamic is not None:
+            return self.dynamic(x, v)
+        return self.static(x, v)  # type: ignore[misc]
 
     def matrix(self, x: Tensor) -> Tensor:
         """alpha A(X) + beta A written out, (B or 1, M, N, N), for a map X (B, C, H, W).

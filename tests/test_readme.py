@@ -1,5 +1,6 @@
 """The README says what is so: its code runs, its numbers are the models', its commands are those of CI."""
 
+import ast
 import re
 
 import pytest
@@ -52,6 +53,24 @@ def test_commands_are_those_of_ci():
     commands = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
     assert 'pip install -e ".[test]" && pytest -n 2' in commands
     assert "\npytest -n 2\n" in (ROOT / ".ci" / "run").read_text()
+
+
+def test_differences_has_every_note():
+    """Classes whose docstring has a `Note:` are the rows of the table, and no others are."""
+    noted = set()
+    for file in (ROOT / "container").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text(encoding="utf-8"))):
+            if isinstance(node, (ast.ClassDef, ast.FunctionDef)) and "Note:" in (ast.get_docstring(node) or ""):
+                noted.add(node.name)
+    page = (ROOT / "docs" / "differences.md").read_text(encoding="utf-8")
+    assert noted == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
+
+
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_links_lead_somewhere(page):
+    text = page.read_text(encoding="utf-8")
+    for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
+        assert (page.parent / target).exists(), target
 
 
 def test_version_is_one():

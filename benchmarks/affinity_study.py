@@ -1,0 +1,400 @@
+"""The paper's comparison of affinities, at small scale: one architecture, matched parameters, one recipe, some seeds.
+
+python -m benchmarks.affinity_study --data-dir cifar10 --data-dir tiny-imagenet-50 --out study      one GPU
+python -m benchmarks.affinity_study --data-dir cifar10 --short --out study                          two cores
+
+Two questions: which mixture of affinities is best, and does mixing converge in fewer epochs than attention alone? Every
+member has the blocks of `container_nano` at the same four grids, and an MLP as wide as makes its parameters those of
+CONTAINER; a ResNet, a ConvNeXt and a DeiT of timm's are made as wide as comes closest. All train alike.
+
+The command can be stopped and started again: a run (data, member, seed) that is finished is in a file of its own and is
+not repeated. The report is made from these files alone: `runs.csv` (every epoch of every run), `gates.csv`, `table.md`,
+and pictures. A seed run again on the same device gives the same numbers.
+"""
+
+import argparse
+import csv
+import functools
+import json
+import os
+import statistics
+import time
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+
+import timm
+import torch
+import torch.nn.functional as F
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from torch import Tensor, nn
+from torchvision.datasets import ImageFolder
+from torchvision.transforms.functional import pil_to_tensor
+
+from container.figures import gates
+from container.files import write_atomically
+
+from . import measure
+
+BASE = "container_nano"
+ATTENTION_LAST = ("none", "none", "none", "attention")
+MEMBERS: Dict[str, Dict[str, Any]] = {
+    "attention": dict(dynamic="attention", static="none"),
+    "conv": dict(dynamic="none", static="conv"),
+    "mixer": dict(dynamic="none", static="matrix", num_heads=1),
+    "mixer_mh": dict(dynamic="none", static="matrix"),
+    "pam": dict(dynamic="attention", static="matrix", gate="sum"),
+    "container": dict(dynamic="attention", static="conv", gate="free"),
+    "light": dict(dynamic=ATTENTION_LAST, static="conv", gate="convex"),
+}
+PEERS = ("resnet", "convnext", "deit")
+
+
+class Data(NamedTuple):
+    """Images in memory, as bytes."""
+
+    name: str
+    classes: int
+    images: Tensor  # (n, 3, S, S), uint8
+    labels: Tensor
+    test_images: Tensor
+    test_labels: Tensor
+
+
+class Recipe(NamedTuple):
+    """What every run shares."""
+
+    epochs: int = 12
+    per_class: int = 0
+    batch_size: int = 128
+    lr: float = 1e-3
+    weight_decay: float = 0.05
+    warmup_epochs: int = 2
+    smoothing: float = 0.1
+
+
+SHORT = Recipe(epochs=16, per_class=1000)
+
+
+def load(folder: str, per_class: int) -> Data:
+    """Images of an ImageNet-layout folder, `train` and `val` or `test`; all, or the first of each class to train on.
+
+    Raises:
+        SystemExit: There is no such folder, or its images are not of one square size.
+    """
+    root = Path(folder)
+    test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
+    if not (root / "train").is_dir() or test is None:
+        raise SystemExit(f"affinity_study: {root} has no train/ and val/ (or test/)")
+    found: List[Tensor] = []
+    for split, limit in ((root / "train", per_class), (test, 0)):
+        dataset = ImageFolder(str(split))
+        taken: Dict[int, int] = {}
+        images, labels = [], []
+        for path, label in dataset.samples:
+            taken[label] = taken.get(label, 0) + 1
+            if not limit or taken[label] <= limit:
+                images.append(pil_to_tensor(dataset.loader(path)))
+                labels.append(label)
+        sizes = {tuple(image.shape[1:]) for image in images}
+        if len(sizes) != 1 or len({side for size in sizes for side in size}) != 1:
+            raise SystemExit(f"affinity_study: images of {split} are not of one square size: {sorted(sizes)[:3]}")
+        found += [torch.stack(images), torch.tensor(labels)]
+    return Data(root.name, len(dataset.classes), *found)
+
+
+def parameters(model: nn.Module) -> int:
+    """How many there are."""
+    return sum(p.numel() for p in model.parameters())
+
+
+def build(name: str, classes: int, size: int, width: float) -> nn.Module:
+    """A member with an MLP of that ratio, or a peer of that width; grids of 16, 8, 4 and 2, but DeiT's one of 8."""
+    widths = tuple(int(width) * m for m in (1, 2, 4, 8))
+    if name == "resnet":
+        model: Any = timm.create_model("resnet18", num_classes=classes, channels=widths)
+        model.conv1 = nn.Conv2d(3, model.conv1.out_channels, 3, stride=2, padding=1, bias=False)
+        if size == 32:
+            model.maxpool = nn.Identity()
+        return model
+    if name == "convnext":
+        return timm.create_model("convnext_atto", num_classes=classes, patch_size=size // 16, dims=widths)
+    if name == "deit":  # heads of dimension 16, as ours
+        heads = widths[3] // 16
+        options: Dict[str, Any] = dict(img_size=size, patch_size=size // 8, embed_dim=widths[3], num_heads=heads)
+        return timm.create_model("deit_tiny_patch16_224", num_classes=classes, **options)
+    patches = (size // 16, 2, 2, 2)
+    return timm.create_model(
+        BASE, num_classes=classes, img_size=size, patch_sizes=patches, mlp_ratios=width, **MEMBERS[name]
+    )
+
+
+@functools.cache
+def _width(name: str, classes: int, size: int) -> float:
+    choices = [float(w) for w in range(2, 65, 2)] if name in PEERS else [ratio / 16 for ratio in range(16, 97)]
+    with torch.device("meta"):
+        target = parameters(build("container", classes, size, 4.0))
+        return min(choices, key=lambda width: abs(parameters(build(name, classes, size, width)) - target))
+
+
+def create(name: str, classes: int, size: int) -> nn.Module:
+    """A member of the study, or a peer, with the parameters of CONTAINER as nearly as its width allows.
+
+    Raises:
+        SystemExit: There is none of that name.
+    """
+    if name not in (*MEMBERS, *PEERS):
+        raise SystemExit(f"affinity_study: no member {name!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
+    return build(name, classes, size, _width(name, classes, size))
+
+
+def augment(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
+    """Random crops of padded images, half of them mirrored: (B, 3, S, S), uint8, on the device of the generator."""
+    count, _, side, _ = images.shape
+    draw = functools.partial(torch.randint, generator=generator, device=images.device)
+    rows, columns = (draw(0, 2 * pad + 1, (count, 1)) + torch.arange(side, device=images.device) for _ in range(2))
+    mirrored = draw(0, 2, (count, 1)).bool()
+    columns = torch.where(mirrored, columns.flip(1), columns)
+    padded = F.pad(images, (pad, pad, pad, pad)).permute(0, 2, 3, 1)
+    index = torch.arange(count, device=images.device)[:, None, None]
+    return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
+
+
+def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> Dict[str, Any]:
+    """Trains one member with one seed; the data are on the device.
+
+    Returns:
+        Its history, one entry an epoch, and alpha and beta of every block.
+    """
+    torch.manual_seed(seed)
+    size = data.images.shape[-1]
+    model = create(name, data.classes, size).to(device)
+    generator = torch.Generator(device).manual_seed(seed)
+    optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
+    steps = len(data.images) // recipe.batch_size
+    schedule = CosineLRScheduler(
+        optimizer,
+        t_initial=recipe.epochs * steps,
+        lr_min=recipe.lr / 100,
+        warmup_t=recipe.warmup_epochs * steps,
+        warmup_lr_init=recipe.lr / 100,
+        warmup_prefix=False,
+        t_in_epochs=False,
+    )
+    mean = torch.tensor([0.485, 0.456, 0.406], device=device).view(3, 1, 1) * 255
+    std = torch.tensor([0.229, 0.224, 0.225], device=device).view(3, 1, 1) * 255
+
+    def cast() -> torch.autocast:
+        return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
+
+    history = []
+    for epoch in range(recipe.epochs):
+        start, losses = time.perf_counter(), torch.zeros((), device=device)
+        model.train()
+        order = torch.randperm(len(data.images), generator=generator, device=device)
+        for step in range(steps):
+            chosen = order[step * recipe.batch_size : (step + 1) * recipe.batch_size]
+            images = augment(data.images[chosen], size // 8, generator)
+            with cast():
+                logits = model((images - mean) / std)
+            loss = F.cross_entropy(logits.float(), data.labels[chosen], label_smoothing=recipe.smoothing)
+            optimizer.zero_grad()
+            loss.backward()
+            optimizer.step()
+            schedule.step_update(epoch * steps + step + 1)
+            losses += loss.detach()
+        model.eval()
+        right = torch.zeros((), device=device)
+        with torch.inference_mode(), cast():
+            for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True):
+                right += (model((images - mean) / std).argmax(1) == labels).sum()
+        seconds = time.perf_counter() - start
+        top1 = 100 * right.item() / len(data.test_labels)
+        history.append(dict(epoch=epoch + 1, train_loss=losses.item() / steps, top1=top1, seconds=seconds))
+        print(
+            f"    epoch {epoch + 1}: loss {losses.item() / steps:.3f}, top-1 {top1:.2f} %, {seconds:.1f} s", flush=True
+        )
+    return dict(
+        data=data.name,
+        member=name,
+        seed=seed,
+        parameters=parameters(model),
+        recipe=recipe._asdict(),
+        environment=measure.environment(device),
+        history=history,
+        gates={key: list(value) for key, value in gates(model).items()},
+    )
+
+
+def interval(values: List[float]) -> Tuple[float, float]:
+    """(mean, half of the 95 % interval by Student's t); infinite for one value."""
+    from scipy.stats import t
+
+    if len(values) < 2:
+        return values[0], float("inf")
+    half = t.ppf(0.975, len(values) - 1) * statistics.stdev(values) / len(values) ** 0.5
+    return statistics.mean(values), float(half)
+
+
+def _shown(values: List[float], digits: int = 2) -> str:
+    mean, half = interval(values)
+    return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half < float("inf") else "")
+
+
+def first_epoch(history: List[Dict[str, Any]], top1: float) -> Optional[int]:
+    """The first epoch whose accuracy is at least that, or None."""
+    return next((entry["epoch"] for entry in history if entry["top1"] >= top1), None)
+
+
+def table(runs: List[Dict[str, Any]]) -> str:
+    """One line a member: last accuracy, its difference to attention alone seed by seed, epochs to attention's own."""
+    by_member: Dict[str, Dict[int, Dict[str, Any]]] = {}
+    for one in runs:
+        by_member.setdefault(one["member"], {})[one["seed"]] = one
+    attention = by_member.get("attention", {})
+    lines = []
+    for member, seeds in by_member.items():
+        last = [one["history"][-1]["top1"] for one in seeds.values()]
+        shared = [seed for seed in seeds if seed in attention]
+        final = {seed: attention[seed]["history"][-1]["top1"] for seed in shared}
+        gains = [seeds[seed]["history"][-1]["top1"] - final[seed] for seed in shared]
+        epochs = [first_epoch(seeds[seed]["history"], final[seed]) for seed in shared]
+        reached = [float(epoch) for epoch in epochs if epoch is not None]
+        when = (
+            _shown(reached, 1) if shared and len(reached) == len(shared) else f"{len(reached)} of {len(shared)} seeds"
+        )
+        lines.append(
+            [
+                member,
+                f"{next(iter(seeds.values()))['parameters'] / 1e6:.3f}",
+                " ".join(map(str, sorted(seeds))),
+                _shown(last),
+                _shown(gains) if gains and member != "attention" else "",
+                when,
+            ]
+        )
+    header = ["member", "M parameters", "seeds", "top-1 %", "over attention", "epochs to attention's last"]
+    return measure.table(header, lines)
+
+
+def report(out: Path) -> None:
+    """Writes `runs.csv`, `gates.csv`, `table.md` and a picture per data set from finished runs; prints the tables."""
+    order = {name: i for i, name in enumerate([*MEMBERS, *PEERS])}
+    files = sorted(out.glob("*/*.json"))
+    runs = sorted(
+        (json.loads(file.read_text()) for file in files), key=lambda r: (r["data"], order[r["member"]], r["seed"])
+    )
+    with open(out / "runs.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["data", "member", "seed", "parameters", "epoch", "train_loss", "top1", "seconds"])
+        for r in runs:
+            head = [r["data"], r["member"], r["seed"], r["parameters"]]
+            rows.writerows([*head, e["epoch"], e["train_loss"], e["top1"], e["seconds"]] for e in r["history"])
+    with open(out / "gates.csv", "w", newline="") as file:
+        rows = csv.writer(file)
+        rows.writerow(["data", "member", "seed", "block", "name", "alpha", "beta"])
+        for r in runs:
+            head = [r["data"], r["member"], r["seed"]]
+            rows.writerows([*head, i, name, *ab] for i, (name, ab) in enumerate(r["gates"].items(), 1))
+    text = ""
+    for data in dict.fromkeys(r["data"] for r in runs):
+        own = [r for r in runs if r["data"] == data]
+        text += f"{data}, {own[0]['recipe']['epochs']} epochs\n\n{table(own)}\n\n"
+        draw(own, out / f"{data}.png")
+    (out / "table.md").write_text(text)
+    print(text)
+
+
+def draw(runs: List[Dict[str, Any]], path: Path) -> None:
+    """Accuracy over epochs, mean and range of the seeds, and alpha and beta by depth, into a PNG."""
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(12, 4.4), layout="constrained")
+    FigureCanvasAgg(figure)
+    left, right = figure.subplots(1, 2)
+    markers = "os^vDP*Xh<"
+    for i, member in enumerate(dict.fromkeys(r["member"] for r in runs)):
+        curves = [[e["top1"] for e in r["history"]] for r in runs if r["member"] == member]
+        epochs = range(1, len(curves[0]) + 1)
+        by_epoch = list(zip(*curves, strict=True))
+        style = "--" if member in PEERS else "-"
+        middle = [statistics.mean(values) for values in by_epoch]
+        line = left.plot(epochs, middle, style, marker=markers[i % 10], markersize=4, label=member)[0]
+        left.fill_between(
+            epochs, *zip(*((min(v), max(v)) for v in by_epoch), strict=True), alpha=0.15, color=line.get_color()
+        )
+    left.set(xlabel="epoch", ylabel="top-1, %", title="mean of the seeds, their range shaded")
+    left.legend(frameon=False, fontsize=8, ncols=2)
+    for member, style in (("container", "-"), ("light", ":")):
+        for k, (symbol, color) in enumerate((("alpha", "#0072B2"), ("beta", "#E69F00"))):
+            curves = [[ab[k] for ab in r["gates"].values()] for r in runs if r["member"] == member]
+            if curves:
+                blocks = range(1, len(curves[0]) + 1)
+                middle = [statistics.mean(values) for values in zip(*curves, strict=True)]
+                label = f"$\\{symbol}$, {member} ({'dynamic' if k == 0 else 'static'})"
+                right.plot(blocks, middle, style, marker=".", color=color, label=label)
+                for curve in curves:
+                    right.plot(blocks, curve, style, color=color, linewidth=0.5, alpha=0.5)
+    right.axhline(0, color="0.8", linewidth=1)
+    right.set(xlabel="block", title="learned weights of the affinities, mean and each seed")
+    if right.lines[1:]:
+        right.legend(frameon=False, fontsize=8)
+    for axes in (left, right):
+        axes.grid(alpha=0.3)
+        axes.spines[["top", "right"]].set_visible(False)
+        axes.xaxis.get_major_locator().set_params(integer=True)
+    figure.suptitle(f"{runs[0]['data']}; {measure.device_name(runs[0]['environment'])}", fontsize=9)
+    figure.savefig(path, dpi=120)
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Does the runs that are not done, then the report."""
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.affinity_study",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--data-dir", action="append", default=[], help="an ImageNet-layout folder; may be repeated")
+    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all")
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--short", action="store_true", help=f"{SHORT.per_class} images a class, {SHORT.epochs} epochs")
+    parser.add_argument("--epochs", type=int, help=f"default {Recipe().epochs}")
+    parser.add_argument("--per-class", type=int, help="so many images a class to train on; default all")
+    parser.add_argument("--device", default="auto")
+    args = parser.parse_args(argv)
+    device, out = measure.pick_device(args.device), Path(args.out)
+    recipe = SHORT if args.short else Recipe()
+    recipe = recipe._replace(
+        **{k: v for k, v in dict(epochs=args.epochs, per_class=args.per_class).items() if v is not None}
+    )
+    unknown = [name for name in args.members if name not in (*MEMBERS, *PEERS)]
+    if unknown:
+        raise SystemExit(f"affinity_study: no member {unknown[0]!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.use_deterministic_algorithms(True, warn_only=True)
+    for folder in args.data_dir:
+        data = load(folder, recipe.per_class)
+        if len(data.images) < recipe.batch_size:
+            raise SystemExit(f"affinity_study: {folder} has {len(data.images)} images, a batch {recipe.batch_size}")
+        data = Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
+        for seed in args.seeds:
+            for member in args.members:
+                file = out / data.name / f"{member}-{seed}.json"
+                if file.is_file():
+                    done = json.loads(file.read_text())["recipe"]
+                    if done != recipe._asdict():
+                        raise SystemExit(f"affinity_study: {file} is of another recipe, {done}: give another --out")
+                    continue
+                print(f"  {data.name}, {member}, seed {seed}", flush=True)
+                result = run(member, seed, data, recipe, device)
+                file.parent.mkdir(parents=True, exist_ok=True)
+                write_atomically(file, json.dumps(result, indent=1).encode())
+    if not any(out.glob("*/*.json")):
+        raise SystemExit(f"affinity_study: no finished runs in {out}; --data-dir says on what to run them")
+    report(out)
+
+
+if __name__ == "__main__":
+    main()

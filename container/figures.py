@@ -1,0 +1,405 @@
+"""Pictures of what a model's affinities do with an image.
+
+`container figures IMAGE --model NAME[.tag] --out DIR` draws four: the rows of the affinities at one token, alpha and
+beta of every block, entropy and reach of every head, and the pyramid of features. Rows are computed one token at a
+time, by the affinities' own kernels: no N x N is formed, at any image size.
+"""
+
+import math
+from pathlib import Path
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+
+import timm
+import torch
+from PIL import Image
+from timm.data import create_transform, resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.transforms.functional import to_pil_image
+
+from . import weights, zoo
+from .aggregation import Aggregation
+from .container import Container
+
+__all__ = ["BlockView", "draw", "entropy", "gates", "look", "reach", "rows"]
+
+# Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
+_COLORS = {"dynamic": "#0072B2", "static": "#E69F00", "mixed": "#000000"}
+_MAP = "cividis"
+_NUMBERS = 2**24  # of a map and its repetitions, at most at a time
+
+
+def _split(tokens: Sequence[Tuple[int, int]], x: Tensor) -> List[Sequence[Tuple[int, int]]]:
+    """As many tokens at a time as the map may be repeated for."""
+    count = max(1, _NUMBERS // x.numel())
+    return [tokens[start : start + count] for start in range(0, len(tokens), count)]
+
+
+def rows(
+    apply: Callable[[Tensor, Tensor], Tensor], num_heads: int, x: Tensor, tokens: Sequence[Tuple[int, int]]
+) -> Tensor:
+    """Rows of an affinity, without the affinity: A_ij = d y_i / d v_j of y = A(x) v.
+
+    One backward pass through the kernel gives the rows of all heads, since each reads channels of its own.
+
+    Args:
+        apply: (x, v) -> A(x) v, or that plus what does not depend on v, as an affinity's `forward`.
+        num_heads: Its matrices M.
+        x: Map (1, C, H, W).
+        tokens: (row, column) of each token i on that grid.
+
+    Returns:
+        (tokens, M, H, W): what token i reads of every token.
+
+    Raises:
+        ValueError: A token lies outside the grid, or `x` is not one map.
+    """
+    if x.ndim != 4 or len(x) != 1:
+        raise ValueError(f"rows are of one map (1, C, H, W), not of {tuple(x.shape)}")
+    height, width = x.shape[-2:]
+    for row, column in tokens:
+        if not (0 <= row < height and 0 <= column < width):
+            raise ValueError(f"token ({row}, {column}) is outside the {height} x {width} grid")
+    found = []
+    for some in _split(tokens, x):
+        at = torch.tensor(some, device=x.device)
+        with torch.enable_grad():
+            given = x.detach().expand(len(some), -1, -1, -1)
+            v = torch.zeros_like(given, memory_format=torch.contiguous_format).requires_grad_()
+            y = apply(given, v).unflatten(1, (num_heads, -1))  # (tokens, M, D, H, W)
+            (grad,) = torch.autograd.grad(y[torch.arange(len(some)), :, 0, at[:, 0], at[:, 1]].sum(), v)
+        found.append(grad.unflatten(1, (num_heads, -1))[:, :, 0])
+    return torch.cat(found)
+
+
+def entropy(rows: Tensor) -> Tensor:
+    """Bits, -sum_j p_j log2 p_j of p = |A_i| / sum |A_i|: 0 for one token, log2 N for all alike. (..., H, W)."""
+    p = rows.double().abs().flatten(-2)
+    p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
+    return torch.special.entr(p).sum(-1) / math.log(2)
+
+
+def reach(rows: Tensor, tokens: Sequence[Tuple[int, int]], stride: int) -> Tensor:
+    """Pixels: the mean distance from token i to what it reads, sum_j p_j |x_j - x_i| with p as in `entropy`.
+
+    Args:
+        rows: (tokens, M, H, W), as from `rows`.
+        tokens: Their (row, column).
+        stride: Pixels per token.
+
+    Returns:
+        (tokens, M).
+    """
+    height, width = rows.shape[-2:]
+    at = torch.tensor(tokens, device=rows.device, dtype=torch.float64)
+    dy = torch.arange(height, device=rows.device) - at[:, :1]
+    dx = torch.arange(width, device=rows.device) - at[:, 1:]
+    distance = stride * torch.hypot(dy[:, :, None], dx[:, None, :]).unsqueeze(1)  # (tokens, 1, H, W)
+    p = rows.double().abs()
+    return (p * distance).sum((-2, -1)) / p.sum((-2, -1)).clamp_min(torch.finfo(p.dtype).tiny)
+
+
+def gates(model: nn.Module) -> Dict[str, Tuple[float, float]]:
+    """(alpha, beta) of every `Aggregation` by its name; an affinity alone has 1 and its absent one 0, a sum both 1."""
+    found = {}
+    for name, module in model.named_modules():
+        if isinstance(module, Aggregation):
+            if module.gate is not None:
+                alpha, beta = (scalar.item() for scalar in module.gate())
+            else:
+                alpha, beta = float(module.dynamic is not None), float(module.static is not None)
+            found[name] = (alpha, beta)
+    return found
+
+
+class BlockView(NamedTuple):
+    """What the affinities of a block do with an image; each by 'dynamic', 'static' and 'mixed', where the block has it.
+
+    Attributes:
+        name: The aggregation's name in the model.
+        stage: Its stage, from 0.
+        stride: Pixels per token.
+        grid: (H, W) in tokens.
+        token: (row, column) of the token that is drawn.
+        rows: (H, W), its row of |A|, the mean over heads.
+        entropy: (M,), the mean over some tokens of the image, in bits.
+        reach: (M,), likewise, in pixels.
+    """
+
+    name: str
+    stage: int
+    stride: int
+    grid: Tuple[int, int]
+    token: Tuple[int, int]
+    rows: Dict[str, Tensor]
+    entropy: Dict[str, Tensor]
+    reach: Dict[str, Tensor]
+
+
+def _affinities(aggregation: Aggregation) -> Dict[str, Tuple[Callable[[Tensor, Tensor], Tensor], int]]:
+    found: Dict[str, Tuple[Callable[[Tensor, Tensor], Tensor], int]] = {}
+    for kind in ("dynamic", "static"):
+        affinity: Any = getattr(aggregation, kind)
+        if affinity is not None:
+            found[kind] = affinity, affinity.num_heads
+    heads = math.lcm(*(heads for _, heads in found.values()))
+    return found | {"mixed": (aggregation.mix, heads)}
+
+
+def look(model: Container, image: Tensor, pixel: Tuple[int, int], samples: int = 5) -> List[BlockView]:
+    """Every block's affinities on an image, from one forward pass.
+
+    Args:
+        model: In evaluation mode, not fused.
+        image: (1, 3, H, W), normalised.
+        pixel: (x, y) of the token that is drawn, from the image's upper left corner.
+        samples: Entropy and reach are means over samples x samples tokens, spread evenly.
+
+    Raises:
+        ValueError: The pixel is not in the image, or the model holds no `Aggregation` or is in training mode.
+    """
+    height, width = image.shape[-2:]
+    x, y = pixel
+    if not (0 <= x < width and 0 <= y < height):
+        raise ValueError(f"pixel ({x}, {y}) is not in the image of {width} x {height}")
+    names = {module: name for name, module in model.named_modules() if isinstance(module, Aggregation)}
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no affinities to draw")
+    if model.training:
+        raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")
+    views = []
+
+    def hook(aggregation: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
+        (map_,) = inputs
+        assert isinstance(aggregation, Aggregation)
+        name = names[aggregation]
+        stage = int(name.split(".")[1])
+        stride = model.feature_info[stage]["reduction"]
+        grid = (map_.shape[-2], map_.shape[-1])
+        token = (min(y // stride, grid[0] - 1), min(x // stride, grid[1] - 1))
+        even = [[round((i + 0.5) * n / samples - 0.5) for i in range(samples)] for n in grid]
+        spread = sorted({(row, column) for row in even[0] for column in even[1]})
+        drawn, entropies, reaches = {}, {}, {}
+        for kind, (apply, heads) in _affinities(aggregation).items():
+            drawn[kind] = rows(apply, heads, map_, [token])[0].abs().mean(0)
+            measured = []
+            for some in _split(spread, map_):
+                part = rows(apply, heads, map_, some)
+                measured.append(torch.stack([entropy(part), reach(part, some, stride)]))
+            entropies[kind], reaches[kind] = torch.cat(measured, dim=1).mean(1)
+        views.append(BlockView(name, stage, stride, grid, token, drawn, entropies, reaches))
+
+    handles = [module.register_forward_pre_hook(hook) for module in names]
+    try:
+        with torch.no_grad():
+            model(image)
+    finally:
+        for handle in handles:
+            handle.remove()
+    return views
+
+
+def _figure(width: float, height: float) -> Any:
+    # Not pyplot: it would choose a window system, and servers have none.
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure(figsize=(width, height), layout="constrained")
+    FigureCanvasAgg(figure)
+    return figure
+
+
+def _photo(axes: Any, picture: Image.Image, pixel: Optional[Tuple[int, int]] = None, gray: bool = False) -> None:
+    axes.imshow(picture.convert("L") if gray else picture, cmap="gray" if gray else None)
+    if pixel is not None:
+        axes.plot(*pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3)
+        axes.plot(
+            *pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#D55E00", markeredgewidth=1.5
+        )
+    axes.set_axis_off()
+
+
+def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None:
+    """A map in colours over the picture; the last tokens may reach beyond its border."""
+    height, width = map_.shape
+    axes.imshow(
+        map_.numpy(force=True),
+        cmap=_MAP,
+        vmin=0,
+        extent=(-0.5, width * stride - 0.5, height * stride - 0.5, -0.5),
+        alpha=0.8,
+    )
+    axes.set(xlim=(-0.5, picture.width - 0.5), ylim=(picture.height - 0.5, -0.5))
+
+
+def _draw_affinities(views: List[BlockView], picture: Image.Image, pixel: Tuple[int, int], title: str) -> Any:
+    """One row of pictures a stage, of its last block."""
+    last = list({view.stage: view for view in views}.values())
+    figure = _figure(10.5, 2.75 * len(last) + 0.6)
+    figure.suptitle(
+        f"{title}\nwhat the circled token reads, mean of |A| over heads, last block of each stage", fontsize=11
+    )
+    grid = figure.subplots(len(last), 4, squeeze=False)
+    shown = None
+    for line, view in zip(grid, last, strict=True):
+        _photo(line[0], picture, pixel)
+        line[0].set_title(f"stage {view.stage + 1}: {view.grid[0]} x {view.grid[1]} tokens", fontsize=10)
+        for axes, kind in zip(line[1:], ("static", "dynamic", "mixed"), strict=True):
+            if kind not in view.rows:
+                axes.set_axis_off()
+                axes.text(0.5, 0.5, f"no {kind} affinity", ha="center", va="center", transform=axes.transAxes)
+                continue
+            row = view.rows[kind]
+            _photo(axes, picture, gray=True)
+            _overlay(axes, row / row.max().clamp_min(torch.finfo(row.dtype).tiny), view.stride, picture)
+            shown = axes.images[-1]
+            axes.plot(*pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#D55E00")
+            name = {"static": "static A", "dynamic": "dynamic A(X)", "mixed": r"$\alpha$A(X) + $\beta$A"}[kind]
+            axes.set_title(f"{name}, largest {row.max():.2g}", fontsize=10)
+    if shown is not None:
+        figure.colorbar(shown, ax=grid, location="bottom", shrink=0.4, aspect=40, label="share of the largest entry")
+    return figure
+
+
+def _stages(axes: Any, stages: List[int]) -> None:
+    """Blocks on the x axis, numbered from 1, with a line between stages and the stage's number above."""
+    blocks = range(1, len(stages) + 1)
+    axes.set_xticks(list(blocks))
+    axes.set_xlabel("block")
+    for stage in sorted(set(stages)):
+        own = [block for block in blocks if stages[block - 1] == stage]
+        axes.text(
+            sum(own) / len(own),
+            1.02,
+            f"stage {stage + 1}",
+            ha="center",
+            transform=axes.get_xaxis_transform(),
+            fontsize=9,
+        )
+        if own[0] > 1:
+            axes.axvline(own[0] - 0.5, color="0.8", linewidth=1)
+    axes.spines[["top", "right"]].set_visible(False)
+
+
+def _draw_gates(views: List[BlockView], scalars: Dict[str, Tuple[float, float]], title: str) -> Any:
+    figure = _figure(0.42 * len(views) + 2.4, 3.4)
+    axes = figure.subplots()
+    blocks = range(1, len(views) + 1)
+    for i, (kind, symbol, marker) in enumerate((("dynamic", "alpha", "o"), ("static", "beta", "s"))):
+        values = [scalars[view.name][i] for view in views]
+        axes.plot(blocks, values, marker=marker, color=_COLORS[kind], label=f"$\\{symbol}$, of the {kind} affinity")
+    axes.axhline(0, color="0.8", linewidth=1)
+    axes.set_ylabel("weight of the affinity")
+    axes.legend(frameon=False, fontsize=9)
+    _stages(axes, [view.stage for view in views])
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw_heads(views: List[BlockView], title: str) -> Any:
+    figure = _figure(0.42 * len(views) + 3.0, 6.2)
+    for axes, what in zip(figure.subplots(2, 1), ("entropy", "reach"), strict=True):
+        for offset, kind, marker in ((-0.16, "dynamic", "o"), (0.16, "static", "s")):
+            points = [
+                (block + offset, value)
+                for block, view in enumerate(views, 1)
+                for value in getattr(view, what).get(kind, torch.empty(0)).tolist()
+            ]
+            if points:
+                axes.scatter(
+                    *zip(*points, strict=True),
+                    s=9,
+                    alpha=0.5,
+                    marker=marker,
+                    color=_COLORS[kind],
+                    label=f"{kind}, each head",
+                )
+        if what == "entropy":
+            full = [math.log2(view.grid[0] * view.grid[1]) for view in views]
+            axes.plot(range(1, len(views) + 1), full, color="0.5", linestyle=":", label="all tokens alike")
+        axes.set_ylabel({"entropy": "entropy, bits", "reach": "reach, pixels"}[what])
+        axes.set_ylim(bottom=0)
+        axes.legend(frameon=False, fontsize=8)
+        _stages(axes, [view.stage for view in views])
+    figure.suptitle(title, fontsize=10)
+    return figure
+
+
+def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: str) -> Any:
+    with torch.no_grad():
+        maps = model.forward_intermediates(image, intermediates_only=True)
+    assert isinstance(maps, list)
+    figure = _figure(2.6 * (len(maps) + 1), 3.3)
+    line = figure.subplots(1, len(maps) + 1)
+    _photo(line[0], picture)
+    line[0].set_title(f"image, {picture.height} x {picture.width}", fontsize=10)
+    for axes, map_, info in zip(line[1:], maps, model.feature_info, strict=True):
+        norm = map_[0].float().norm(dim=0)
+        axes.imshow(norm.numpy(force=True), cmap=_MAP)
+        axes.set_axis_off()
+        axes.set_title(f"stride {info['reduction']}: {map_.shape[1]} x {norm.shape[0]} x {norm.shape[1]}", fontsize=10)
+    figure.suptitle(f"{title}\nlength of the feature vectors", fontsize=10)
+    return figure
+
+
+def draw(
+    image: Union[str, Path],
+    model: str,
+    out: Union[str, Path],
+    checkpoint: str = "",
+    pixel: Optional[Tuple[int, int]] = None,
+    img_size: Optional[int] = None,
+) -> List[Path]:
+    """Draws `affinities.png`, `gates.png`, `heads.png` and `pyramid.png` for an image file.
+
+    Args:
+        image: The file; its middle square is what the model sees.
+        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or random ones.
+        out: Folder of the pictures, made if need be.
+        checkpoint: File of weights.
+        pixel: (x, y) in the square that the model sees; its middle if None.
+        img_size: Side of that square; the model's own if None.
+
+    Returns:
+        The files.
+
+    Raises:
+        OSError: The image cannot be read, or the folder cannot be written.
+        ValueError: The model is unknown, is none of this family, or the pixel is not in the image.
+    """
+    name, _, tag = model.partition(".")
+    if name not in timm.list_models(module="container"):
+        raise ValueError(f"no model {name!r} in this family: `container list` has them")
+    with Image.open(image) as opened:
+        photo = opened.convert("RGB")
+    if checkpoint:
+        state = zoo.fit(weights.read(checkpoint), name)
+        network: Any = timm.create_model(name, num_classes=len(state["head.fc.bias"]))
+        network.load_state_dict(state)
+    else:
+        torch.manual_seed(0)
+        network = timm.create_model(model, pretrained=bool(tag))
+    network.eval()
+    if img_size is not None:
+        network.set_input_size(img_size)
+    config = resolve_model_data_config(network)
+    side = img_size or config["input_size"][-1]
+    config |= dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center")
+    picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
+    given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
+    shown = to_pil_image(picture)
+    pixel = (side // 2, side // 2) if pixel is None else pixel
+    views = look(network, given[None], pixel)
+    title = (
+        f"{name}, {f'weights {tag}' if tag else Path(checkpoint).name if checkpoint else 'random weights'}, {side} px"
+    )
+    figures = {
+        "affinities": _draw_affinities(views, shown, pixel, title),
+        "gates": _draw_gates(views, gates(network), title),
+        "heads": _draw_heads(views, title),
+        "pyramid": _draw_pyramid(network, given[None], shown, title),
+    }
+    folder = Path(out)
+    folder.mkdir(parents=True, exist_ok=True)
+    for stem, figure in figures.items():
+        figure.savefig(folder / f"{stem}.png", dpi=100)
+    return [folder / f"{stem}.png" for stem in figures]
