@@ -80,7 +80,7 @@ def load(folder: str, per_class: int) -> Data:
     """Images of an ImageNet-layout folder, `train` and `val` or `test`; all, or the first of each class to train on.
 
     Raises:
-        SystemExit: There is no such folder, or its images are not of one square size.
+        SystemExit: There is no such folder, or its images are neither all 32 x 32 nor all 64 x 64.
     """
     root = Path(folder)
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
@@ -97,8 +97,10 @@ def load(folder: str, per_class: int) -> Data:
                 images.append(pil_to_tensor(dataset.loader(path)))
                 labels.append(label)
         sizes = {tuple(image.shape[1:]) for image in images}
-        if len(sizes) != 1 or len({side for size in sizes for side in size}) != 1:
-            raise SystemExit(f"affinity_study: images of {split} are not of one square size: {sorted(sizes)[:3]}")
+        if len(sizes) != 1 or not sizes <= {(32, 32), (64, 64)}:
+            raise SystemExit(
+                f"affinity_study: images of {split} are not all 32 x 32 or all 64 x 64: {sorted(sizes)[:3]}"
+            )
         found += [torch.stack(images), torch.tensor(labels)]
     return Data(root.name, len(dataset.classes), *found)
 

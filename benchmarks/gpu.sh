@@ -23,7 +23,7 @@ run() { # NAME COMMAND...
 
 compiled=bf16+channels_last+compile
 peers=("convnext_tiny:$compiled" "swin_tiny_patch4_window7_224:$compiled" "pvt_v2_b2:$compiled" "resnet50:$compiled")
-light=container_light:amp,bf16,fused+bf16,fused+bf16+channels_last,fused+bf16+compile,fused+$compiled
+light=container_light:amp,bf16,bf16+channels_last,bf16+compile,fused+bf16,fused+$compiled
 run infer speed "${authors[@]}" "$light" "${peers[@]}" "${released[@]}" --batch-size 256
 run latency speed "${authors[@]}" "$light" "${peers[@]}" "${released[@]}" --work latency
 run train speed "${authors[@]}" container_light:amp,amp+channels_last,amp+compile,amp+channels_last+compile \

@@ -7,7 +7,7 @@ by `+`. Every setting of every entry is measured by turns in the same run, and i
 the same weights in float32, eager.
 
   eager          as created
-  fused          container.fuse.fuse (timm's reparameterize_model for other models)
+  fused          container.fuse.fuse: weights in channels_last; of other models what timm's reparameterize_model does
   channels_last  weights and images in that memory format
   bf16           weights and images in bfloat16
   amp            autocast to bfloat16

@@ -1,8 +1,8 @@
 """Pictures of what a model's affinities do with an image.
 
 `container figures IMAGE --model NAME[.tag] --out DIR` draws four: the rows of the affinities at one token, alpha and
-beta of every block, entropy and reach of every head, and the pyramid of features. Rows are computed one token at a
-time, by the affinities' own kernels: no N x N is formed, at any image size.
+beta of every block, entropy and reach of every head, and the pyramid of features. Rows are computed for some
+tokens at a time, by the affinities' own kernels: no N x N is formed, at any image size.
 """
 
 import math
@@ -23,7 +23,7 @@ from .container import Container
 __all__ = ["BlockView", "draw", "entropy", "gates", "look", "reach", "rows"]
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
-_COLORS = {"dynamic": "#0072B2", "static": "#E69F00", "mixed": "#000000"}
+_COLORS = {"dynamic": "#0072B2", "static": "#E69F00"}
 _MAP = "cividis"
 _NUMBERS = 2**24  # of a map and its repetitions, at most at a time
 
@@ -364,22 +364,30 @@ def draw(
 
     Raises:
         OSError: The image cannot be read, or the folder cannot be written.
-        ValueError: The model is unknown, is none of this family, or the pixel is not in the image.
+        RuntimeError: The checkpoint is none, or no published weights have that tag.
+        ValueError: The model is none of this family, is given both a tag and a checkpoint, which may not fit it, or the
+            pixel is not in the image or the image too small.
     """
     name, _, tag = model.partition(".")
     if name not in timm.list_models(module="container"):
         raise ValueError(f"no model {name!r} in this family: `container list` has them")
+    if tag and checkpoint:
+        raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
     with Image.open(image) as opened:
         photo = opened.convert("RGB")
     if checkpoint:
         state = zoo.fit(weights.read(checkpoint), name)
-        network: Any = timm.create_model(name, num_classes=len(state["head.fc.bias"]))
+        network: Any = timm.create_model(name, num_classes=len(state.get("head.fc.bias", ())))
         network.load_state_dict(state)
     else:
         torch.manual_seed(0)
         network = timm.create_model(model, pretrained=bool(tag))
     network.eval()
     if img_size is not None:
+        if img_size < network.feature_info[-1]["reduction"]:
+            raise ValueError(
+                f"{img_size} pixels are no token of {name}: {network.feature_info[-1]['reduction']} are one"
+            )
         network.set_input_size(img_size)
     config = resolve_model_data_config(network)
     side = img_size or config["input_size"][-1]

@@ -26,7 +26,7 @@ def command(*words, code=0):
 
 @pytest.fixture(scope="module")
 def images(tmp_path_factory):
-    """Two classes that differ in brightness, 32 x 32: 96 and 40 images."""
+    """Two classes that differ in brightness, 32 x 32: 160 and 40 images."""
     folder = tmp_path_factory.mktemp("images")
     random = np.random.default_rng(0)
     for split, count in (("train", 80), ("val", 20)):
@@ -120,6 +120,14 @@ def test_the_study_from_the_command(images, tmp_path):
     assert changed == {tmp_path / "a" / name}
     again = command("--data-dir", images, "--epochs", 3, "--out", tmp_path / "a", code=1)
     assert "is of another recipe" in again.stderr
+
+
+def test_images_of_other_sizes(images, tmp_path):
+    for split in ("train", "val"):
+        (tmp_path / "data" / split / "grey").mkdir(parents=True)
+        Image.new("L", (28, 28)).save(tmp_path / "data" / split / "grey" / "0.png")
+    done = command("--data-dir", tmp_path / "data", "--out", tmp_path / "out", "--device", "cpu", code=1)
+    assert "not all 32 x 32 or all 64 x 64: [(28, 28)]" in done.stderr
 
 
 @pytest.mark.parametrize(

@@ -190,8 +190,9 @@ def test_pictures_of_other_members(name, photo, tmp_path):
     assert len(figures.draw(photo, name, tmp_path, img_size=64)) == 4
 
 
-def test_pictures_of_a_checkpoint(photo, tmp_path):
-    model = randomize(timm.create_model("container_light_nano", num_classes=7))
+@pytest.mark.parametrize("num_classes", [7, 0])
+def test_pictures_of_a_checkpoint(num_classes, photo, tmp_path):
+    model = randomize(timm.create_model("container_light_nano", num_classes=num_classes))
     torch.save(model.state_dict(), tmp_path / "model.pth")
     figures.draw(photo, "container_light_nano", tmp_path / "a", checkpoint=tmp_path / "model.pth", img_size=64)
     figures.draw(photo, "container_light_nano", tmp_path / "b", img_size=64)
@@ -207,6 +208,11 @@ def test_pictures_of_a_checkpoint(photo, tmp_path):
         (["PHOTO", "--model", "container_light_nano.no_such"], "no_such"),
         (["PHOTO", "--model", "container_light_nano", "--pixel", 3000, 2], "pixel (3000, 2) is not in the image"),
         (["PHOTO", "--model", "container_light_nano", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
+        (["PHOTO", "--model", "container_light_nano_32.cifar10", "--checkpoint", "no.pth"], "give one of them"),
+        (
+            ["PHOTO", "--model", "container_light_nano", "--img-size", 2],
+            "2 pixels are no token of container_light_nano",
+        ),
     ],
 )
 def test_mistakes(words, said, photo, tmp_path):

@@ -151,8 +151,11 @@ def test_the_kernel_is_used_where_it_is_to_be_had(monkeypatch):
         with torch.autocast("cpu", torch.bfloat16):
             assert "aten::gelu" in kernels()
     assert "aten::gelu" in kernels()  # the weights want gradients
-    monkeypatch.setattr(container.fuse, "_has_conv_gelu", lambda: False)
-    with torch.no_grad():
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(torch.backends.mkldnn, "enabled", False)
+        assert "aten::gelu" in kernels()
+    with torch.no_grad(), monkeypatch.context() as patch:
+        patch.setattr(container.fuse, "_has_conv_gelu", lambda: False)
         assert "aten::gelu" in kernels()
 
 

@@ -27,7 +27,7 @@ def read(tmp_path_factory):
 
 def test_every_matrix_is_drawn(read):
     scope, folder = read
-    assert len(scope["shown"]) == 7 + 1  # the page adds one after its picture
+    assert len(scope["shown"]) == 8 + 1  # the page adds one after its picture
     drawn, committed = (
         np.asarray(Image.open(path).convert("RGB"), dtype=float)
         for path in (folder / "unification.png", ROOT / "docs" / "unification.png")
