@@ -9,16 +9,22 @@ CONTAINER; a ResNet, a ConvNeXt and a DeiT of timm's are made as wide as comes c
 
 The command can be stopped and started again: a run (data, member, seed) that is finished is in a file of its own and is
 not repeated. The report is made from these files alone: `runs.csv` (every epoch of every run), `gates.csv`, `table.md`,
-and pictures. A seed run again on the same device gives the same numbers.
+and pictures. A seed run again on the same device gives the same numbers: on a CPU each run has one thread and there are
+as many at once as cores.
 """
 
 import argparse
+import bisect
 import csv
 import functools
 import json
+import multiprocessing
 import os
+import signal
 import statistics
+import threading
 import time
+from concurrent.futures import ProcessPoolExecutor, as_completed
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -65,7 +71,8 @@ class Recipe(NamedTuple):
     """What every run shares."""
 
     epochs: int = 12
-    per_class: int = 0
+    per_class: int = 0  # so many images of each class to train on; 0 is all
+    test_per_class: int = 0
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -73,21 +80,31 @@ class Recipe(NamedTuple):
     smoothing: float = 0.1
 
 
-SHORT = Recipe(epochs=16, per_class=1000)
+SHORT = Recipe(per_class=500, test_per_class=250, batch_size=64)
 
 
-def load(folder: str, per_class: int) -> Data:
-    """Images of an ImageNet-layout folder, `train` and `val` or `test`; all, or the first of each class to train on.
+def splits(folder: str) -> Tuple[Path, Path]:
+    """`train`, and `val` or `test`, of an ImageNet-layout folder.
 
     Raises:
-        SystemExit: There is no such folder, or its images are neither all 32 x 32 nor all 64 x 64.
+        SystemExit: It lacks one of them.
     """
     root = Path(folder)
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
     if not (root / "train").is_dir() or test is None:
         raise SystemExit(f"affinity_study: {root} has no train/ and val/ (or test/)")
+    return root / "train", test
+
+
+@functools.cache
+def load(folder: str, per_class: int, test_per_class: int) -> Data:
+    """Images of an ImageNet-layout folder: the first of each class, by name; 0 is all.
+
+    Raises:
+        SystemExit: There is no such folder, or its images are neither all 32 x 32 nor all 64 x 64.
+    """
     found: List[Tensor] = []
-    for split, limit in ((root / "train", per_class), (test, 0)):
+    for split, limit in zip(splits(folder), (per_class, test_per_class), strict=True):
         dataset = ImageFolder(str(split))
         taken: Dict[int, int] = {}
         images, labels = [], []
@@ -102,7 +119,7 @@ def load(folder: str, per_class: int) -> Data:
                 f"affinity_study: images of {split} are not all 32 x 32 or all 64 x 64: {sorted(sizes)[:3]}"
             )
         found += [torch.stack(images), torch.tensor(labels)]
-    return Data(root.name, len(dataset.classes), *found)
+    return Data(Path(folder).name, len(dataset.classes), *found)
 
 
 def parameters(model: nn.Module) -> int:
@@ -136,7 +153,9 @@ def _width(name: str, classes: int, size: int) -> float:
     choices = [float(w) for w in range(2, 65, 2)] if name in PEERS else [ratio / 16 for ratio in range(16, 97)]
     with torch.device("meta"):
         target = parameters(build("container", classes, size, 4.0))
-        return min(choices, key=lambda width: abs(parameters(build(name, classes, size, width)) - target))
+        count = functools.cache(lambda width: parameters(build(name, classes, size, width)))
+        first = bisect.bisect_left(choices, target, key=count)  # it grows with the width
+        return min(choices[max(first - 1, 0) : first + 1], key=lambda width: abs(count(width) - target))
 
 
 def create(name: str, classes: int, size: int) -> nn.Module:
@@ -213,9 +232,8 @@ def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) 
         seconds = time.perf_counter() - start
         top1 = 100 * right.item() / len(data.test_labels)
         history.append(dict(epoch=epoch + 1, train_loss=losses.item() / steps, top1=top1, seconds=seconds))
-        print(
-            f"    epoch {epoch + 1}: loss {losses.item() / steps:.3f}, top-1 {top1:.2f} %, {seconds:.1f} s", flush=True
-        )
+        line = f"epoch {epoch + 1}: loss {losses.item() / steps:.3f}, top-1 {top1:.2f} %, {seconds:.1f} s"
+        print(f"  {data.name}, {name}, seed {seed}, {line}", flush=True)
     return dict(
         data=data.name,
         member=name,
@@ -226,6 +244,33 @@ def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) 
         history=history,
         gates={key: list(value) for key, value in gates(model).items()},
     )
+
+
+def _worker() -> None:
+    """Prepares a process for runs: one thread on a CPU, repeatable, stopped by its parent or with it."""
+
+    def end_with_parent() -> None:
+        parent = multiprocessing.parent_process()
+        assert parent is not None
+        parent.join()
+        os._exit(1)
+
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    threading.Thread(target=end_with_parent, daemon=True).start()
+    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
+    torch.set_num_threads(1)
+    torch.use_deterministic_algorithms(True, warn_only=True)
+
+
+def _finish(file: Path, folder: str, name: str, seed: int, recipe: Recipe, device: torch.device) -> None:
+    """Does a run in one of the processes and writes its file."""
+    data = load(folder, recipe.per_class, recipe.test_per_class)
+    if len(data.images) < recipe.batch_size:
+        raise SystemExit(f"affinity_study: {folder} has {len(data.images)} images, a batch {recipe.batch_size}")
+    data = Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
+    result = run(name, seed, data, recipe, device)
+    file.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(file, json.dumps(result, indent=1).encode())
 
 
 def interval(values: List[float]) -> Tuple[float, float]:
@@ -361,10 +406,12 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    parser.add_argument("--short", action="store_true", help=f"{SHORT.per_class} images a class, {SHORT.epochs} epochs")
+    short = f"{SHORT.per_class} and {SHORT.test_per_class} images a class, batches of {SHORT.batch_size}"
+    parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--epochs", type=int, help=f"default {Recipe().epochs}")
     parser.add_argument("--per-class", type=int, help="so many images a class to train on; default all")
     parser.add_argument("--device", default="auto")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: the cores, or 1 on a GPU")
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)
     recipe = SHORT if args.short else Recipe()
@@ -374,25 +421,28 @@ def main(argv: Optional[List[str]] = None) -> None:
     unknown = [name for name in args.members if name not in (*MEMBERS, *PEERS)]
     if unknown:
         raise SystemExit(f"affinity_study: no member {unknown[0]!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
-    os.environ.setdefault("CUBLAS_WORKSPACE_CONFIG", ":4096:8")
-    torch.use_deterministic_algorithms(True, warn_only=True)
+    todo = []
     for folder in args.data_dir:
-        data = load(folder, recipe.per_class)
-        if len(data.images) < recipe.batch_size:
-            raise SystemExit(f"affinity_study: {folder} has {len(data.images)} images, a batch {recipe.batch_size}")
-        data = Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
+        splits(folder)
         for seed in args.seeds:
             for member in args.members:
-                file = out / data.name / f"{member}-{seed}.json"
-                if file.is_file():
-                    done = json.loads(file.read_text())["recipe"]
-                    if done != recipe._asdict():
-                        raise SystemExit(f"affinity_study: {file} is of another recipe, {done}: give another --out")
-                    continue
-                print(f"  {data.name}, {member}, seed {seed}", flush=True)
-                result = run(member, seed, data, recipe, device)
-                file.parent.mkdir(parents=True, exist_ok=True)
-                write_atomically(file, json.dumps(result, indent=1).encode())
+                file = out / Path(folder).name / f"{member}-{seed}.json"
+                if not file.is_file():
+                    todo.append((file, folder, member, seed, recipe, device))
+                elif (done := json.loads(file.read_text())["recipe"]) != recipe._asdict():
+                    raise SystemExit(f"affinity_study: {file} is of another recipe, {done}: give another --out")
+    spawn = multiprocessing.get_context("spawn")
+    jobs = args.jobs or (len(os.sched_getaffinity(0)) if device.type == "cpu" else 1)
+    with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_worker) as pool:
+        try:
+            for finished in as_completed([pool.submit(_finish, *one) for one in todo]):
+                finished.result()
+        except BaseException as error:
+            for child in multiprocessing.active_children():
+                child.terminate()
+            if isinstance(error, KeyboardInterrupt):
+                raise SystemExit("affinity_study: stopped; the same command goes on") from None
+            raise
     if not any(out.glob("*/*.json")):
         raise SystemExit(f"affinity_study: no finished runs in {out}; --data-dir says on what to run them")
     report(out)

@@ -2,6 +2,7 @@
 
 import csv
 import json
+import signal
 import statistics
 import subprocess
 import sys
@@ -22,6 +23,14 @@ def command(*words, code=0):
     assert done.returncode == code, done.stderr
     assert "Traceback" not in done.stderr
     return done
+
+
+def refused(*words):
+    """The line with which the study, called in this process, ends at a mistake."""
+    with pytest.raises(SystemExit) as stop:
+        study.main([*map(str, words), "--device", "cpu"])
+    assert "\n" not in str(stop.value)
+    return str(stop.value)
 
 
 @pytest.fixture(scope="module")
@@ -118,8 +127,30 @@ def test_the_study_from_the_command(images, tmp_path):
     assert old["gates"] == new["gates"]
     changed = {file for file, time in before.items() if file.stat().st_mtime_ns != time}
     assert changed == {tmp_path / "a" / name}
-    again = command("--data-dir", images, "--epochs", 3, "--out", tmp_path / "a", code=1)
-    assert "is of another recipe" in again.stderr
+    again = refused("--data-dir", images, "--epochs", 3, "--out", tmp_path / "a")
+    assert "is of another recipe" in again
+
+
+def test_stopped_by_ctrl_c_or_killed(images, tmp_path):
+    """One line, no half a run, and nothing that goes on by itself; then the same command goes on."""
+    words = ["--data-dir", images, "--members", "resnet", "--seeds", 0, "--epochs", 200, "--jobs", 1, "--device", "cpu"]
+    for stop in (signal.SIGINT, signal.SIGKILL):
+        out = tmp_path / stop.name
+        started = subprocess.Popen(
+            [sys.executable, "-m", "benchmarks.affinity_study", *map(str, words), "--out", out],
+            cwd=ROOT,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            text=True,
+        )
+        assert "epoch 1" in started.stdout.readline()
+        started.send_signal(stop)
+        _, errors = started.communicate(timeout=60)  # the pipes end with the last process that holds them
+        assert started.returncode == (1 if stop == signal.SIGINT else -signal.SIGKILL)
+        if stop == signal.SIGINT:
+            assert errors.splitlines()[-1] == "affinity_study: stopped; the same command goes on"
+            assert "Traceback" not in errors
+        assert not list(out.glob("*/*"))
 
 
 def test_images_of_other_sizes(images, tmp_path):
@@ -127,7 +158,7 @@ def test_images_of_other_sizes(images, tmp_path):
         (tmp_path / "data" / split / "grey").mkdir(parents=True)
         Image.new("L", (28, 28)).save(tmp_path / "data" / split / "grey" / "0.png")
     done = command("--data-dir", tmp_path / "data", "--out", tmp_path / "out", "--device", "cpu", code=1)
-    assert "not all 32 x 32 or all 64 x 64: [(28, 28)]" in done.stderr
+    assert "not all 32 x 32 or all 64 x 64: [(28, 28)]" in done.stderr.splitlines()[-1]
 
 
 @pytest.mark.parametrize(
@@ -139,4 +170,4 @@ def test_images_of_other_sizes(images, tmp_path):
     ],
 )
 def test_mistakes(words, said, tmp_path):
-    assert said in command(*words, "--out", tmp_path, "--device", "cpu", code=1).stderr
+    assert said in refused(*words, "--out", tmp_path)

@@ -30,7 +30,16 @@ FREE = [n for n in NAMES if n not in FIXED]
 # One block per stage and few channels, for what does not depend on size.
 SMALL = dict(depths=(1, 2, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), num_classes=7)
 
+# Members that differ in depth, width and MLP ratio alone from another; SMALL makes them that other one.
+TWINS = dict(
+    container_nano="container",
+    container_light_mlp4="container_light_nano",
+    container_light_tiny="container_light_nano",
+    container_light_base="container_light_nano",
+)
+
 every = pytest.mark.parametrize("name", NAMES)
+every_small = pytest.mark.parametrize("name", [n for n in NAMES if n not in TWINS])
 
 
 def small(**kwargs):
@@ -349,7 +358,12 @@ def exportable(name):
     return model, images(2, 3, 70, 97), {"x": open_dims}, [(1, 64, 64), (3, 101, 67), (2, 70, 256)]
 
 
-@every
+@pytest.mark.parametrize("name", TWINS)
+def test_twins(name):
+    assert repr(timm.create_model(name, **SMALL)) == repr(timm.create_model(TWINS[name], **SMALL))
+
+
+@every_small
 @torch.no_grad()
 def test_exported(name):
     model, x, open_dims, shapes = exportable(name)
@@ -375,7 +389,7 @@ def test_onnx(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
 
 
-@every
+@every_small
 def test_compiled_without_graph_breaks(name):
     model, x, _, _ = exportable(name)
     twin = copy.deepcopy(model)

@@ -11,8 +11,18 @@ import sys
 import pytest
 import timm
 
-NAMES = timm.list_models("container*")
-FREE = [name for name in NAMES if not timm.get_pretrained_cfg(name).fixed_input_size]
+# What differs from another member in width and depth alone takes its time under -m slow.
+SIZES = ("container_light_mlp4", "container_light_tiny", "container_light_base", "container_nano")
+
+
+def marked(names):
+    return [pytest.param(name, marks=pytest.mark.slow) if name in SIZES else name for name in names]
+
+
+FAMILY = timm.list_models("container*")
+NAMES = marked(FAMILY)
+FREE_FAMILY = [name for name in FAMILY if not timm.get_pretrained_cfg(name).fixed_input_size]
+FREE = marked(FREE_FAMILY)
 
 pytestmark = pytest.mark.filterwarnings("ignore")  # timm's tests warn as they like
 
@@ -80,7 +90,7 @@ def test_headless_checkpoint_reload(timm_tests, name):
 
 @pytest.mark.parametrize("name", NAMES)
 def test_head_hidden_size(timm_tests, name):
-    call(timm_tests, "test_head_hidden_size", name, {} if name in FREE else dict(img_size=64))
+    call(timm_tests, "test_head_hidden_size", name, {} if name in FREE_FAMILY else dict(img_size=64))
 
 
 # These create the model at its own size and feed it a smaller image, so a size-bound model cannot take them.

@@ -363,6 +363,7 @@ def test_two_processes_train_like_one(folder, here, tmp_path):
         )
 
 
+@pytest.mark.slow
 def test_two_nodes_meet_by_rendezvous(folder, tmp_path):
     """Two launchers of one process each, as on two machines."""
     arguments = ["--data-dir", str(folder), *SMALL, "--batch-size", "8", "--device", "cpu"]
@@ -383,7 +384,11 @@ def test_two_nodes_meet_by_rendezvous(folder, tmp_path):
 
 @pytest.mark.parametrize(
     "launcher, number",
-    [([], signal.SIGTERM), ([], signal.SIGINT), (TORCHRUN, signal.SIGTERM)],
+    [
+        ([], signal.SIGTERM),
+        ([], signal.SIGINT),
+        pytest.param(TORCHRUN, signal.SIGTERM, marks=pytest.mark.slow),
+    ],
     ids=["SIGTERM", "Ctrl-C", "SIGTERM under torchrun"],
 )
 def test_a_signal_saves_and_stops(folder, tmp_path, launcher, number):
@@ -427,6 +432,7 @@ def test_a_damaged_checkpoint_is_passed_over(here, tmp_path, capsys):
     assert_same(whole["state_dict"], again["state_dict"])
 
 
+@pytest.mark.slow
 def test_a_full_disk_leaves_the_last_good_checkpoint(folder, tmp_path):
     """A limit on the size of files stands for the disk: the weights alone (3.7 MB) still fit, a checkpoint does not."""
     arguments = ["--data-dir", str(folder), *SMALL, "--epochs", "3", "--resume", "auto", "--device", "cpu"]
@@ -464,8 +470,7 @@ def test_cifar10(tmp_path):
                 archive.extract(member, tmp_path, filter="data")
             if len([c for c in count.values() if c == 20]) == 20:
                 break
-    small = ("--model", "container_light", "--img-size", "32", "--epochs", "1", "--batch-size", "50", "--workers", "1")
-    result = run("--data-dir", "cifar10", *small, cwd=tmp_path)
+    result = run("--data-dir", "cifar10", *SMALL, "--workers", "1", cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "10 classes" in result.stdout and "200 images to train on, 200 to validate on" in result.stdout
 

@@ -150,7 +150,9 @@ def test_onnx(ultralytics, tmp_path, monkeypatch, name):
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize("name", ["yolov8n-context.yaml", "yolov8n-container_light.yaml"])
+@pytest.mark.parametrize(
+    "name", ["yolov8n-context.yaml", pytest.param("yolov8n-container_light.yaml", marks=pytest.mark.slow)]
+)
 def test_trained_saved_and_loaded(ultralytics, tmp_path, name):
     """A run of Ultralytics' own trainer; what it saves is loaded by a process that registers nothing."""
     for split in ("train", "val"):
