@@ -386,7 +386,7 @@ def draw(runs: List[Dict[str, Any]], path: Path) -> None:
     right.axhline(0, color="0.8", linewidth=1)
     right.set(xlabel="block", title="learned weights of the affinities, mean and each seed")
     if right.lines[1:]:
-        right.legend(frameon=False, fontsize=8)
+        right.legend(frameon=False, fontsize=8, loc="center left", bbox_to_anchor=(0, 0.78))
     for axes in (left, right):
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
