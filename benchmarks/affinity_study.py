@@ -25,6 +25,7 @@ import statistics
 import threading
 import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
@@ -119,7 +120,7 @@ def load(folder: str, per_class: int, test_per_class: int) -> Data:
                 f"affinity_study: images of {split} are not all 32 x 32 or all 64 x 64: {sorted(sizes)[:3]}"
             )
         found += [torch.stack(images), torch.tensor(labels)]
-    return Data(Path(folder).name, len(dataset.classes), *found)
+    return Data(Path(folder).resolve().name, len(dataset.classes), *found)
 
 
 def parameters(model: nn.Module) -> int:
@@ -421,18 +422,22 @@ def main(argv: Optional[List[str]] = None) -> None:
     unknown = [name for name in args.members if name not in (*MEMBERS, *PEERS)]
     if unknown:
         raise SystemExit(f"affinity_study: no member {unknown[0]!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
+    if args.jobs is not None and args.jobs < 1:
+        raise SystemExit(f"affinity_study: {args.jobs} runs at once are none")
+    if len({Path(folder).resolve().name for folder in args.data_dir}) < len(args.data_dir):
+        raise SystemExit("affinity_study: two data folders have one name, and so would their results")
     todo = []
     for folder in args.data_dir:
         splits(folder)
         for seed in args.seeds:
             for member in args.members:
-                file = out / Path(folder).name / f"{member}-{seed}.json"
+                file = out / Path(folder).resolve().name / f"{member}-{seed}.json"
                 if not file.is_file():
                     todo.append((file, folder, member, seed, recipe, device))
                 elif (done := json.loads(file.read_text())["recipe"]) != recipe._asdict():
                     raise SystemExit(f"affinity_study: {file} is of another recipe, {done}: give another --out")
     spawn = multiprocessing.get_context("spawn")
-    jobs = args.jobs or (len(os.sched_getaffinity(0)) if device.type == "cpu" else 1)
+    jobs = args.jobs or (torch.get_num_threads() if device.type == "cpu" else 1)
     with ProcessPoolExecutor(jobs, mp_context=spawn, initializer=_worker) as pool:
         try:
             for finished in as_completed([pool.submit(_finish, *one) for one in todo]):
@@ -442,6 +447,8 @@ def main(argv: Optional[List[str]] = None) -> None:
                 child.terminate()
             if isinstance(error, KeyboardInterrupt):
                 raise SystemExit("affinity_study: stopped; the same command goes on") from None
+            if isinstance(error, BrokenProcessPool):
+                raise SystemExit("affinity_study: a run was killed, by want of memory perhaps: --jobs") from None
             raise
     if not any(out.glob("*/*.json")):
         raise SystemExit(f"affinity_study: no finished runs in {out}; --data-dir says on what to run them")

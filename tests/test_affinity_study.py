@@ -183,6 +183,8 @@ def test_images_of_other_sizes(images, tmp_path):
     [
         (["--data-dir", "nowhere"], "nowhere has no train/ and val/"),
         (["--members", "swin"], "no member 'swin'"),
+        (["--jobs", "0"], "0 runs at once are none"),
+        (["--data-dir", "a/cifar10", "--data-dir", "b/cifar10"], "two data folders have one name"),
         ([], "no finished runs in"),
     ],
 )

@@ -10,13 +10,12 @@ import sys
 
 import pytest
 import timm
-
-# What differs from another member in width and depth alone takes its time under -m slow.
-SIZES = ("container_light_mlp4", "container_light_tiny", "container_light_base", "container_nano")
+from test_container import TWINS
 
 
 def marked(names):
-    return [pytest.param(name, marks=pytest.mark.slow) if name in SIZES else name for name in names]
+    """Members that differ from another in their sizes alone take their time under -m slow."""
+    return [pytest.param(name, marks=pytest.mark.slow) if name in TWINS else name for name in names]
 
 
 FAMILY = timm.list_models("container*")
