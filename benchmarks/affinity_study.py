@@ -72,8 +72,8 @@ class Recipe(NamedTuple):
     """What every run shares."""
 
     epochs: int = 12
-    per_class: int = 0  # so many images of each class to train on; 0 is all
-    test_per_class: int = 0
+    images: int = 0  # so many to train on, of each class as many; 0 is all
+    test_images: int = 0
     batch_size: int = 128
     lr: float = 1e-3
     weight_decay: float = 0.05
@@ -81,7 +81,7 @@ class Recipe(NamedTuple):
     smoothing: float = 0.1
 
 
-SHORT = Recipe(per_class=500, test_per_class=250, batch_size=64)
+SHORT = Recipe(images=5000, test_images=2500, batch_size=64)
 
 
 def splits(folder: str) -> Tuple[Path, Path]:
@@ -98,28 +98,32 @@ def splits(folder: str) -> Tuple[Path, Path]:
 
 
 @functools.cache
-def load(folder: str, per_class: int, test_per_class: int) -> Data:
-    """Images of an ImageNet-layout folder: the first of each class, by name; 0 is all.
+def load(folder: str, images: int, test_images: int) -> Data:
+    """So many images of an ImageNet-layout folder, the first of each class, by name; 0 is all.
 
     Raises:
-        SystemExit: There is no such folder, or its images are neither all 32 x 32 nor all 64 x 64.
+        SystemExit: There is no such folder, fewer images than classes are asked for, or the images are neither all
+            32 x 32 nor all 64 x 64.
     """
     found: List[Tensor] = []
-    for split, limit in zip(splits(folder), (per_class, test_per_class), strict=True):
+    for split, wanted in zip(splits(folder), (images, test_images), strict=True):
         dataset = ImageFolder(str(split))
+        limit = wanted // len(dataset.classes)  # of each class
+        if wanted and limit < 1:
+            raise SystemExit(f"affinity_study: {wanted} images are not one of each of {len(dataset.classes)} classes")
         taken: Dict[int, int] = {}
-        images, labels = [], []
+        pixels, labels = [], []
         for path, label in dataset.samples:
             taken[label] = taken.get(label, 0) + 1
             if not limit or taken[label] <= limit:
-                images.append(pil_to_tensor(dataset.loader(path)))
+                pixels.append(pil_to_tensor(dataset.loader(path)))
                 labels.append(label)
-        sizes = {tuple(image.shape[1:]) for image in images}
+        sizes = {tuple(image.shape[1:]) for image in pixels}
         if len(sizes) != 1 or not sizes <= {(32, 32), (64, 64)}:
             raise SystemExit(
                 f"affinity_study: images of {split} are not all 32 x 32 or all 64 x 64: {sorted(sizes)[:3]}"
             )
-        found += [torch.stack(images), torch.tensor(labels)]
+        found += [torch.stack(pixels), torch.tensor(labels)]
     return Data(Path(folder).resolve().name, len(dataset.classes), *found)
 
 
@@ -265,7 +269,7 @@ def _worker() -> None:
 
 def _finish(file: Path, folder: str, name: str, seed: int, recipe: Recipe, device: torch.device) -> None:
     """Does a run in one of the processes and writes its file."""
-    data = load(folder, recipe.per_class, recipe.test_per_class)
+    data = load(folder, recipe.images, recipe.test_images)
     if len(data.images) < recipe.batch_size:
         raise SystemExit(f"affinity_study: {folder} has {len(data.images)} images, a batch {recipe.batch_size}")
     data = Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
@@ -407,17 +411,17 @@ def main(argv: Optional[List[str]] = None) -> None:
     parser.add_argument("--out", required=True, metavar="DIR")
     parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
-    short = f"{SHORT.per_class} and {SHORT.test_per_class} images a class, batches of {SHORT.batch_size}"
+    short = f"{SHORT.images} images to train on, {SHORT.test_images} to test on, batches of {SHORT.batch_size}"
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--epochs", type=int, help=f"default {Recipe().epochs}")
-    parser.add_argument("--per-class", type=int, help="so many images a class to train on; default all")
+    parser.add_argument("--images", type=int, help="so many to train on, of each class as many; default all")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: the cores, or 1 on a GPU")
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)
     recipe = SHORT if args.short else Recipe()
     recipe = recipe._replace(
-        **{k: v for k, v in dict(epochs=args.epochs, per_class=args.per_class).items() if v is not None}
+        **{k: v for k, v in dict(epochs=args.epochs, images=args.images).items() if v is not None}
     )
     unknown = [name for name in args.members if name not in (*MEMBERS, *PEERS)]
     if unknown:

@@ -170,6 +170,17 @@ def test_stopped_by_ctrl_c_or_killed(images, tmp_path):
         assert not list(out.glob("*/*"))
 
 
+def test_as_many_images_of_each_class(images):
+    data = study.load(str(images), 7, 4)
+    assert data.labels.tolist() == [0] * 3 + [1] * 3 and data.test_labels.tolist() == [0, 0, 1, 1]
+    first = np.asarray(Image.open(images / "train" / "dark" / "0.png")).transpose(2, 0, 1)
+    assert np.array_equal(data.images[3], first)
+    assert len(study.load(str(images), 0, 0).images) == 160
+    for wanted in (1, -5):
+        with pytest.raises(SystemExit, match=f"{wanted} images are not one of each of 2 classes"):
+            study.load(str(images), wanted, 0)
+
+
 def test_images_of_other_sizes(images, tmp_path):
     for split in ("train", "val"):
         (tmp_path / "data" / split / "grey").mkdir(parents=True)
