@@ -420,9 +420,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)
     recipe = SHORT if args.short else Recipe()
-    recipe = recipe._replace(
-        **{k: v for k, v in dict(epochs=args.epochs, images=args.images).items() if v is not None}
-    )
+    recipe = recipe._replace(**{k: v for k, v in dict(epochs=args.epochs, images=args.images).items() if v is not None})
     unknown = [name for name in args.members if name not in (*MEMBERS, *PEERS)]
     if unknown:
         raise SystemExit(f"affinity_study: no member {unknown[0]!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
