@@ -1,7 +1,7 @@
 """The paper's comparison of affinities, at small scale: one architecture, matched parameters, one recipe, some seeds.
 
 python -m benchmarks.affinity_study --data-dir cifar10 --data-dir tiny-imagenet-50 --out study      one GPU
-python -m benchmarks.affinity_study --data-dir cifar10 --short --out study                          two cores
+python -m benchmarks.affinity_study --data-dir cifar10 --short --out study                          two cores, 2 h
 
 Two questions: which mixture of affinities is best, and does mixing converge in fewer epochs than attention alone? Every
 member has the blocks of `container_nano` at the same four grids, and an MLP as wide as makes its parameters those of
