@@ -22,6 +22,7 @@ def test_code(code, tmp_path, monkeypatch, capsys):
     for library in ("segmentation_models_pytorch", "transformers", "ultralytics"):
         if library in code:
             pytest.importorskip(library, reason=f"{library} is not installed")
+    capsys.readouterr()  # Ultralytics speaks of the settings that it makes where it has none
     torch.save(dict(model=reference.random_state(0)), "container_light.pth")
     scope = {}
     exec(code, scope)
