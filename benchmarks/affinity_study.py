@@ -299,33 +299,36 @@ def first_epoch(history: List[Dict[str, Any]], top1: float) -> Optional[int]:
 
 
 def table(runs: List[Dict[str, Any]]) -> str:
-    """One line a member: last accuracy, its difference to attention alone seed by seed, epochs to attention's own."""
+    """One line a member: last accuracy, how far above either half alone, seed by seed, epochs to attention's last."""
     by_member: Dict[str, Dict[int, Dict[str, Any]]] = {}
     for one in runs:
         by_member.setdefault(one["member"], {})[one["seed"]] = one
-    attention = by_member.get("attention", {})
+
+    def last(member: str) -> Dict[int, float]:
+        return {seed: one["history"][-1]["top1"] for seed, one in by_member.get(member, {}).items()}
+
+    def over(member: str, other: str) -> str:
+        gains = [last(member)[seed] - top1 for seed, top1 in last(other).items() if seed in by_member[member]]
+        return _shown(gains) if gains and member != other else ""
+
     lines = []
     for member, seeds in by_member.items():
-        last = [one["history"][-1]["top1"] for one in seeds.values()]
-        shared = [seed for seed in seeds if seed in attention]
-        final = {seed: attention[seed]["history"][-1]["top1"] for seed in shared}
-        gains = [seeds[seed]["history"][-1]["top1"] - final[seed] for seed in shared]
-        epochs = [first_epoch(seeds[seed]["history"], final[seed]) for seed in shared]
+        aims = {seed: top1 for seed, top1 in last("attention").items() if seed in seeds}
+        epochs = [first_epoch(seeds[seed]["history"], top1) for seed, top1 in aims.items()]
         reached = [float(epoch) for epoch in epochs if epoch is not None]
-        when = (
-            _shown(reached, 1) if shared and len(reached) == len(shared) else f"{len(reached)} of {len(shared)} seeds"
-        )
+        all_did = aims and len(reached) == len(aims)
         lines.append(
             [
                 member,
                 f"{next(iter(seeds.values()))['parameters'] / 1e6:.3f}",
                 " ".join(map(str, sorted(seeds))),
-                _shown(last),
-                _shown(gains) if gains and member != "attention" else "",
-                when,
+                _shown(list(last(member).values())),
+                over(member, "attention"),
+                over(member, "conv"),
+                _shown(reached, 1) if all_did else f"{len(reached)} of {len(aims)} seeds",
             ]
         )
-    header = ["member", "M parameters", "seeds", "top-1 %", "over attention", "epochs to attention's last"]
+    header = ["member", "M parameters", "seeds", "top-1 %", "over attention", "over conv", "epochs to attention's last"]
     return measure.table(header, lines)
 
 
@@ -338,9 +341,9 @@ def report(out: Path) -> None:
     )
     with open(out / "runs.csv", "w", newline="") as file:
         rows = csv.writer(file)
-        rows.writerow(["data", "member", "seed", "parameters", "epoch", "train_loss", "top1", "seconds"])
+        rows.writerow(["data", "member", "seed", "parameters", "device", "epoch", "train_loss", "top1", "seconds"])
         for r in runs:
-            head = [r["data"], r["member"], r["seed"], r["parameters"]]
+            head = [r["data"], r["member"], r["seed"], r["parameters"], measure.device_name(r["environment"])]
             rows.writerows([*head, e["epoch"], e["train_loss"], e["top1"], e["seconds"]] for e in r["history"])
     with open(out / "gates.csv", "w", newline="") as file:
         rows = csv.writer(file)
@@ -396,7 +399,8 @@ def draw(runs: List[Dict[str, Any]], path: Path) -> None:
         axes.grid(alpha=0.3)
         axes.spines[["top", "right"]].set_visible(False)
         axes.xaxis.get_major_locator().set_params(integer=True)
-    figure.suptitle(f"{runs[0]['data']}; {measure.device_name(runs[0]['environment'])}", fontsize=9)
+    devices = dict.fromkeys(measure.device_name(r["environment"]) for r in runs)  # a study may move between machines
+    figure.suptitle("\n".join([runs[0]["data"], *devices]), fontsize=9)
     figure.savefig(path, dpi=120)
 
 

@@ -1,6 +1,7 @@
 """The study: fair, repeatable, resumable, and its report follows from its files."""
 
 import csv
+import itertools
 import json
 import signal
 import statistics
@@ -93,11 +94,16 @@ def test_table_follows_from_the_runs():
     runs = [finished("attention", seed, [20.0, 30.0, 40.0 + seed]) for seed in (0, 1, 2)]
     runs += [finished("container", seed, [10.0, 41.0 + seed, 50.0 + 2 * seed]) for seed in (0, 1, 2)]
     runs += [finished("mixer", seed, [1.0, 2.0, 39.0 + 2 * seed]) for seed in (0, 1)]
+    runs += [finished("conv", seed, [1.0, 2.0, 60.0 - seed]) for seed in (1, 2)]
     lines = [[cell.strip() for cell in line.split("|")[1:-1]] for line in study.table(runs).splitlines()]
     half = 4.302653 / 3**0.5
-    assert lines[2] == ["attention", "1.000", "0 1 2", f"41.00 ± {half:.2f}", "", "3.0 ± 0.0"]
-    assert lines[3][3:] == [f"52.00 ± {2 * half:.2f}", f"11.00 ± {half:.2f}", "2.0 ± 0.0"]
-    assert lines[4][2] == "0 1" and lines[4][5] == "1 of 2 seeds"  # one seed never got there: said, not averaged
+    over_conv = f"-17.00 ± {12.706205:.2f}"  # 41 - 59 and 42 - 58
+    assert lines[2] == ["attention", "1.000", "0 1 2", f"41.00 ± {half:.2f}", "", over_conv, "3.0 ± 0.0"]
+    over_conv = f"-5.50 ± {12.706205 * 1.5:.2f}"  # 52 - 59 and 54 - 58
+    assert lines[3][3:] == [f"52.00 ± {2 * half:.2f}", f"11.00 ± {half:.2f}", over_conv, "2.0 ± 0.0"]
+    assert lines[4][2] == "0 1" and lines[4][5] == "-18.00"  # of the one seed that both have, without an interval
+    assert lines[4][6] == "1 of 2 seeds"  # one seed never got there: said, not averaged
+    assert lines[5][5] == ""
 
 
 def test_published_tables_follow_from_the_published_numbers():
@@ -112,7 +118,8 @@ def test_published_tables_follow_from_the_published_numbers():
             one["history"].append(dict(epoch=int(row["epoch"]), top1=float(row["top1"])))
     for data in {data for data, _, _ in runs}:
         own = [one for key, one in runs.items() if key[0] == data]
-        assert {one["member"] for one in own} == {*study.MEMBERS, *study.PEERS}
+        pairs = {(one["member"], one["seed"]) for one in own}
+        assert pairs == set(itertools.product([*study.MEMBERS, *study.PEERS], {seed for _, seed in pairs}))
         assert {tuple(entry["epoch"] for entry in one["history"]) for one in own} == {tuple(range(1, 13))}
         assert study.table(own) in text
 
@@ -125,6 +132,7 @@ def test_the_study_from_the_command(images, tmp_path):
     assert {(r["member"], r["seed"], r["epoch"]) for r in rows} == {
         (m, s, e) for m in ("attention", "container", "resnet") for s in "01" for e in "12"
     }
+    assert {r["device"] for r in rows} == {rows[0]["device"]} and torch.__version__ in rows[0]["device"]
     assert (tmp_path / "a" / "table.md").read_text().strip() in done.stdout
     with open(tmp_path / "a" / "gates.csv", newline="") as file:
         gates = [r for r in csv.DictReader(file) if r["member"] == "container"]
