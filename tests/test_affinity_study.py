@@ -156,6 +156,15 @@ def test_the_study_from_the_command(images, tmp_path):
     assert "is of another recipe" in again
 
 
+@pytest.fixture
+def interruptible():
+    """Tests that a shell script runs in its background ignore Ctrl-C, and so would what they start."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("interruptible")
 def test_stopped_by_ctrl_c_or_killed(images, tmp_path):
     """One line, no half a run, and nothing that goes on by itself; then the same command goes on."""
     words = ["--data-dir", images, "--members", "resnet", "--seeds", 0, "--epochs", 200, "--jobs", 1, "--device", "cpu"]
