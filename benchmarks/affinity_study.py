@@ -316,7 +316,7 @@ def table(runs: List[Dict[str, Any]]) -> str:
         aims = {seed: top1 for seed, top1 in last("attention").items() if seed in seeds}
         epochs = [first_epoch(seeds[seed]["history"], top1) for seed, top1 in aims.items()]
         reached = [float(epoch) for epoch in epochs if epoch is not None]
-        all_did = aims and len(reached) == len(aims)
+        all_did = 0 < len(reached) == len(aims)
         lines.append(
             [
                 member,

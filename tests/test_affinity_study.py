@@ -122,6 +122,15 @@ def test_published_tables_follow_from_the_published_numbers():
         assert pairs == set(itertools.product([*study.MEMBERS, *study.PEERS], {seed for _, seed in pairs}))
         assert {tuple(entry["epoch"] for entry in one["history"]) for one in own} == {tuple(range(1, 13))}
         assert study.table(own) in text
+    for data, better, other in (  # differences between mixtures, which the text has beside the tables
+        ("cifar10", "light", "container"),
+        ("tiny-imagenet-50", "light", "container"),
+        ("cifar10", "container", "pam"),
+        ("tiny-imagenet-50", "light", "pam"),
+    ):
+        last = [[runs[data, name, str(seed)]["history"][-1]["top1"] for seed in range(5)] for name in (better, other)]
+        mean, half = study.interval([a - b for a, b in zip(*last, strict=True)])
+        assert f"{mean:.2f} ± {half:.2f}" in " ".join(text.split())
 
 
 def test_the_study_from_the_command(images, tmp_path):
