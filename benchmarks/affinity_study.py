@@ -27,7 +27,7 @@ import time
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
 
 import timm
 import torch
@@ -36,7 +36,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
-from torchvision.transforms.functional import pil_to_tensor
+from torchvision.io import ImageReadMode, decode_image
 
 from container.figures import gates
 from container.files import write_atomically
@@ -116,7 +116,7 @@ def load(folder: str, images: int, test_images: int) -> Data:
         for path, label in dataset.samples:
             taken[label] = taken.get(label, 0) + 1
             if not limit or taken[label] <= limit:
-                pixels.append(pil_to_tensor(dataset.loader(path)))
+                pixels.append(decode_image(path, ImageReadMode.RGB))
                 labels.append(label)
         sizes = {tuple(image.shape[1:]) for image in pixels}
         if len(sizes) != 1 or not sizes <= {(32, 32), (64, 64)}:
@@ -186,15 +186,20 @@ def augment(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
     return padded[index, rows[:, :, None], columns[:, None, :]].permute(0, 3, 1, 2)
 
 
-def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> Dict[str, Any]:
-    """Trains one member with one seed; the data are on the device.
+def train(
+    model: nn.Module, seed: int, data: Data, recipe: Recipe, device: torch.device, label: str
+) -> Iterator[Dict[str, Any]]:
+    """Trains a model and yields an entry after each epoch: its loss, the accuracy behind it, its seconds.
 
-    Returns:
-        Its history, one entry an epoch, and alpha and beta of every block.
+    Args:
+        model: On the device, compiled or not.
+        seed: Of the order of the images and of their augmentation.
+        data: On the device.
+        recipe: How.
+        device: Where.
+        label: What its lines on the terminal begin with.
     """
-    torch.manual_seed(seed)
     size = data.images.shape[-1]
-    model = create(name, data.classes, size).to(device)
     generator = torch.Generator(device).manual_seed(seed)
     optimizer = create_optimizer_v2(model, "adamw", lr=recipe.lr, weight_decay=recipe.weight_decay)
     steps = len(data.images) // recipe.batch_size
@@ -213,7 +218,6 @@ def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) 
     def cast() -> torch.autocast:
         return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
-    history = []
     for epoch in range(recipe.epochs):
         start, losses = time.perf_counter(), torch.zeros((), device=device)
         model.train()
@@ -234,11 +238,22 @@ def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) 
         with torch.inference_mode(), cast():
             for images, labels in zip(data.test_images.split(500), data.test_labels.split(500), strict=True):
                 right += (model((images - mean) / std).argmax(1) == labels).sum()
-        seconds = time.perf_counter() - start
         top1 = 100 * right.item() / len(data.test_labels)
-        history.append(dict(epoch=epoch + 1, train_loss=losses.item() / steps, top1=top1, seconds=seconds))
-        line = f"epoch {epoch + 1}: loss {losses.item() / steps:.3f}, top-1 {top1:.2f} %, {seconds:.1f} s"
-        print(f"  {data.name}, {name}, seed {seed}, {line}", flush=True)
+        seconds = time.perf_counter() - start
+        loss_mean = losses.item() / steps
+        print(f"  {label}, epoch {epoch + 1}: loss {loss_mean:.3f}, top-1 {top1:.2f} %, {seconds:.1f} s", flush=True)
+        yield dict(epoch=epoch + 1, train_loss=loss_mean, top1=top1, seconds=seconds)
+
+
+def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> Dict[str, Any]:
+    """Trains one member with one seed; the data are on the device.
+
+    Returns:
+        Its history, one entry an epoch, and alpha and beta of every block.
+    """
+    torch.manual_seed(seed)
+    model = create(name, data.classes, data.images.shape[-1]).to(device)
+    history = list(train(model, seed, data, recipe, device, f"{data.name}, {name}, seed {seed}"))
     return dict(
         data=data.name,
         member=name,

@@ -1,40 +1,30 @@
 #!/usr/bin/env bash
-# Every GPU figure that docs/benchmarks.md has a row for, in one command:
+# A quarter of an hour on a GPU, in order of worth and within a budget:
 #
-#   bash benchmarks/gpu.sh OUT [RELEASED]
+#   bash benchmarks/gpu.sh OUT [--minutes 8] [--rehearse] [--only STEP ...] [--released PATH] [--data DIR]
 #
-# OUT is the folder for JSON, pictures and logs; RELEASED the authors' models.py or its folder. What fails is named at the
-# end, and does not keep the rest from running. PARTS="infer train" runs only those.
-set -uo pipefail
+#   OUT          results, logs, and the compilers' caches; the same command goes on with what is left
+#   --minutes    for everything; a step that no longer fits is left out and named
+#   --rehearse   the same steps on the CPU, with tiny sizes, in three minutes
+#   --only       these steps, also if they are done: tests infer train latency roofline cifar
+#   --released   the authors' models.py (github.com/allenai/container), or its folder, to be measured beside ours
+#   --data       CIFAR-10 as cifar10/{train,test}/CLASS/*.jpg
+#
+# A machine without a network needs Python >= 3.10 with torch >= 2.11 and torchvision >= 0.26 for its GPU, and what
+# pyproject.toml names for `train`, with pytest and pytest-xdist. What it lacks is carried as wheels. Here:
+#
+#   pip wheel --no-deps --wheel-dir wheels .          # this project: its metadata say what is needed
+#   pip download --no-deps --dest wheels timm         # and whatever else the check names
+#
+# and there, in a copy of this tree:
+#
+#   pip install --no-index --no-deps --upgrade --target site wheels/*.whl
+#   PYTHONPATH=$PWD/site bash benchmarks/gpu.sh OUT
+#
+# The check comes first, takes seconds, and names what is missing. Tree, wheels and CIFAR-10 (19 MB as .tar.xz) are
+# 32 MB.
+set -euo pipefail
+[[ $# -gt 0 ]] || { sed -n '2,/^set /{/^set /d;s/^# \{0,1\}//;p}' "${BASH_SOURCE[0]}" >&2; exit 2; }
+here=$PWD
 cd "$(dirname "${BASH_SOURCE[0]}")/.."
-out=${1:?usage: bash benchmarks/gpu.sh OUT [RELEASED]}
-mkdir -p "$out"
-released=() authors=()
-if [[ $# -gt 1 ]]; then released=(--released "$2") authors=(released:amp); fi
-failed=()
-
-run() { # NAME COMMAND...
-    local name=$1
-    shift
-    [[ " ${PARTS:-infer latency train roofline parts memory} " == *" ${name%%-*} "* ]] || return 0
-    echo "== $name: python -m benchmarks.$*"
-    python -m "benchmarks.$@" --device cuda --out "$out" --name "gpu-$name" 2>&1 | tee "$out/gpu-$name.log" || failed+=("$name")
-}
-
-compiled=bf16+channels_last+compile
-peers=("convnext_tiny:$compiled" "swin_tiny_patch4_window7_224:$compiled" "pvt_v2_b2:$compiled" "resnet50:$compiled")
-light=container_light:amp,bf16,bf16+channels_last,bf16+compile,fused+bf16,fused+$compiled
-run infer speed "${authors[@]}" "$light" "${peers[@]}" "${released[@]}" --batch-size 256
-run latency speed "${authors[@]}" "$light" "${peers[@]}" "${released[@]}" --work latency
-run train speed "${authors[@]}" container_light:amp,amp+channels_last,amp+compile,amp+channels_last+compile \
-    "${released[@]}" --work train --batch-size 128
-run roofline-infer roofline "container_light:fused+bf16,fused+$compiled" --batch-size 256
-run roofline-train roofline container_light:amp,amp+channels_last+compile --work train --batch-size 128
-run parts-infer parts --dtype bfloat16 --batch-size 256
-run parts-train parts --dtype bfloat16 --batch-size 128 --backward
-run memory memory container container_light --dtype bfloat16
-
-if [[ ${#failed[@]} -gt 0 ]]; then
-    echo "failed: ${failed[*]}" >&2
-    exit 1
-fi
+exec "${PYTHON:-python3}" -m benchmarks.gpu --from "$here" "$@"

@@ -6,15 +6,19 @@ import math
 import os
 import platform
 import statistics
+import subprocess
 import sys
 from pathlib import Path
 from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
 
 import timm
 import torch
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile
 from torch.utils.benchmark import Timer
 
 import container
+from container.files import write_atomically
 
 Work = Callable[[], Any]
 
@@ -48,6 +52,42 @@ def interleave(works: Dict[str, Work], rounds: int, seconds: float) -> Dict[str,
         for name in names[start:] + names[:start]:
             times[name].append(timers[name].timeit(calls[name]).mean)
     return times
+
+
+def device_seconds(work: Work, device: torch.device, calls: int = 5) -> float:
+    """Seconds a call for which the device computes: on a GPU the sum of its kernels' times, without the gaps between.
+
+    A host clock between two synchronisations also counts the launches, which are longer than small kernels.
+
+    Args:
+        work: What is timed, warmed up.
+        device: Where it computes. A CPU is its own host: there it is the time of the call.
+        calls: So many are averaged.
+    """
+    if device.type != "cuda":
+        return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(calls).mean
+    return sum(seconds for _, seconds, _ in kernels(work, device, calls)) / calls
+
+
+def kernels(work: Work, device: torch.device, calls: int) -> List[Tuple[str, float, int]]:
+    """(name, seconds, runs) of everything that a device ran in some calls, the longest first, by torch.profiler.
+
+    On a GPU these are its kernels and copies; on a CPU PyTorch's operators, each without those that it calls.
+    """
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    with profile(activities=activities) as profiler:
+        for _ in range(calls):
+            work()
+        if on_gpu:
+            torch.cuda.synchronize(device)
+    found = []
+    for event in profiler.key_averages():
+        if on_gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
+            continue  # an annotation spans kernels that are here by themselves
+        microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
+        found.append((event.key, microseconds / 1e6, event.count))
+    return sorted(found, key=lambda one: -one[1])
 
 
 def spread(values: Sequence[float]) -> Tuple[float, float, float]:
@@ -116,7 +156,19 @@ def environment(device: torch.device) -> Dict[str, Any]:
         record["gpu"] = torch.cuda.get_device_name(device)
         record["cuda"] = torch.version.cuda
         record["cudnn"] = torch.backends.cudnn.version()
+        record["nvidia_smi"] = _nvidia_smi()
     return record
+
+
+def _nvidia_smi() -> Dict[str, str]:
+    """Driver, clocks and power of the GPUs at this moment, as nvidia-smi prints them."""
+    fields = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
+    command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, timeout=10, check=True)
+    except (OSError, subprocess.SubprocessError):
+        return {}
+    return dict(zip(fields, done.stdout.splitlines()[0].split(", "), strict=False))
 
 
 def _cpu() -> str:
@@ -150,15 +202,20 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(out: Union[str, Path], name: str, record: Dict[str, Any]) -> Path:
-    """Writes a record as `NAME.json` into a folder, making it; returns the path without its suffix."""
+    """Writes a record as `NAME.json` into a folder, making it; returns the path without its suffix.
+
+    What is measured bit by bit is saved bit by bit, so that nothing is lost when it is stopped: a file is whole or old.
+    """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / f"{name}.json").write_text(json.dumps(record, indent=1) + "\n")
+    write_atomically(folder / f"{name}.json", (json.dumps(record, indent=1) + "\n").encode())
     return folder / name
 
 
 def pick_device(name: str) -> torch.device:
     """The device of that name; 'auto' is the GPU where there is one.
+
+    On a GPU, cuDNN tries its kernels at the first call of every shape and keeps the fastest (`cudnn.benchmark`).
 
     Raises:
         SystemExit: There is no such device here.
@@ -167,4 +224,5 @@ def pick_device(name: str) -> torch.device:
         name = "cuda" if torch.cuda.is_available() else "cpu"
     if name.startswith("cuda") and not torch.cuda.is_available():
         raise SystemExit("benchmarks: no GPU here that PyTorch can use; --device cpu measures the CPU")
+    torch.backends.cudnn.benchmark = name.startswith("cuda")
     return torch.device(name)

@@ -2,8 +2,8 @@
 
 python -m benchmarks.parts --batch-size 8 --device cpu
 
-Every way of a part gives the same answer, which is checked, from the same input; they are timed by turns. Shapes are
-those of `container_light` and `container` at 224 pixels, stage by stage.
+Every way of a part gives the same answer, which is checked, from the same input; they are timed by turns, on a GPU by
+the time of their kernels. Shapes are those of `container_light` and `container` at 224 pixels, stage by stage.
 """
 
 import argparse
@@ -165,13 +165,14 @@ def compare(part: str, stage: int, args: argparse.Namespace, device: torch.devic
         if difference > (1e-4 if dtype == torch.float32 else 5e-2) and "not the same" not in name:
             raise SystemExit(f"benchmarks: {part}, {name}: answers differ by {difference:.1e}")
         works[name] = work
-    return {
-        "part": part,
-        "stage": stage + 1,
-        "shape": list(x.shape),
-        "seconds": measure.interleave(works, args.rounds, args.seconds),
-        "failed": failed,
-    }
+    if device.type == "cuda":
+        seconds: Dict[str, List[float]] = {name: [] for name in works}
+        for _ in range(args.rounds):
+            for name, work in works.items():
+                seconds[name].append(measure.device_seconds(work, device))
+    else:
+        seconds = measure.interleave(works, args.rounds, args.seconds)
+    return dict(part=part, stage=stage + 1, shape=list(x.shape), seconds=seconds, failed=failed)
 
 
 def _work(way: Way, x: Tensor, backward: bool) -> measure.Work:
@@ -232,8 +233,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         for stage in args.stages:
             record["rows"].append(compare(part, stage - 1, args, device))
             print(report(record["rows"][-1]) + "\n", flush=True)
-    if args.out:
-        print(f"{measure.save(args.out, args.name, record)}.json", file=sys.stderr)
+            if args.out:
+                measure.save(args.out, args.name, record)
 
 
 if __name__ == "__main__":

@@ -2,7 +2,8 @@
 
 python -m benchmarks.roofline container_light:fused container_light:fused+onnx --device cpu
 
-Every operator that PyTorch runs is timed where it runs, with its own input. The bytes of a part are those of the
+Every operator that PyTorch runs is timed where it runs, with its own input: on a GPU the time of its kernels, by
+torch.profiler. The bytes of a part are those of the
 tensors that it has to read and write once; its operations are counted by PyTorch's own formulas; what the device can
 do is measured first, by copying a large tensor and by multiplying large matrices.
 
@@ -11,18 +12,19 @@ do is measured first, by copying a large tensor and by multiplying large matrice
   least bound       the same, elementwise operators for nothing: what a perfect compiler could leave
 
 Entries are those of benchmarks.speed. Compilers and ONNX Runtime run no operators of PyTorch: for them there is the
-whole time only, against the bounds of the same model without them.
+whole time only, against the bounds of the same model without them. "busy" is the time for which the device computes in
+a call; what is left of the whole time it waits for the host.
 """
 
 import argparse
-import statistics
 import sys
-import time
 import warnings
 from typing import Any, Dict, List, NamedTuple, Optional, Tuple
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
+from torch.profiler import ProfilerActivity, profile, record_function
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from torch.utils.flop_counter import flop_registry
@@ -30,50 +32,44 @@ from torch.utils.flop_counter import flop_registry
 from . import measure, speed
 
 COMPILERS = {"compile", "freeze", "aot", "onnx"}
+_MARK = "part: "  # begins the name of a part in a profile
 
 
 class Operator(NamedTuple):
     """One run of one operator."""
 
     part: str
-    seconds: float
     moved: int
     flops: int
 
 
 class Recorder(TorchDispatchMode):
-    """Times every operator and counts what it moves and computes."""
+    """Counts what every operator moves and computes, and gives its kernels the name of its part in a profile."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.device = device
         self.operators: List[Operator] = []
-
-    def _now(self) -> float:
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        return time.perf_counter()
 
     def __torch_dispatch__(
         self, func: Any, types: Any, args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
     ) -> Any:
         """Runs the operator as it would run anyhow."""
         kwargs = kwargs or {}
-        start = self._now()
-        out = func(*args, **kwargs)
-        seconds = self._now() - start
+        if func.is_view:
+            return func(*args, **kwargs)  # nothing is moved
+        part = _part(func, args)
+        with record_function(_MARK + part):
+            out = func(*args, **kwargs)
         read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         written = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
-        if func.is_view or not written:
-            return out  # nothing is moved
         moved = sum(t.numel() * t.element_size() for t in {**read, **written}.values())
         formula = flop_registry.get(func.overloadpacket)
         flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        self.operators.append(Operator(_part(func, args, out), seconds, moved, flops))
+        self.operators.append(Operator(part, moved, flops))
         return out
 
 
-def _part(func: Any, args: Tuple, out: Any) -> str:
+def _part(func: Any, args: Tuple) -> str:
     """What a person calls the operator, and at which size of map it runs."""
     name = func.overloadpacket.__name__.strip("_")
     tensors = [t for t in args if isinstance(t, Tensor)]
@@ -85,40 +81,45 @@ def _part(func: Any, args: Tuple, out: Any) -> str:
         name = f"convolution {depthwise}{weight.shape[-2]}x{weight.shape[-1]}{gelu}{backward}"
     elif "attention" in name:
         return f"attention{backward}"
-    maps = [t for t in [out, *tensors] if isinstance(t, Tensor) and t.ndim == 4]
+    maps = [t for t in tensors if t.ndim == 4]
     return f"{name} @ {maps[0].shape[-2]}x{maps[0].shape[-1]}" if maps else name
 
 
 def record(work: measure.Work, device: torch.device, rounds: int) -> Dict[str, Dict[str, float]]:
-    """Seconds (median), bytes, operations and runs of every part in one call."""
+    """Seconds (of the device, mean), bytes, operations and runs of every part in one call."""
     work()
-    calls = []
-    for _ in range(rounds):
-        recorder = Recorder(device)
-        with recorder:
+    on_gpu = device.type == "cuda"
+    activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
+    recorder = Recorder()
+    with profile(activities=activities) as profiler, recorder:
+        for _ in range(rounds):
             work()
-        calls.append(recorder.operators)
+        if on_gpu:
+            torch.cuda.synchronize(device)
     parts: Dict[str, Dict[str, float]] = {}
-    for name in dict.fromkeys(op.part for op in calls[0]):
-        own = [op for op in calls[0] if op.part == name]
-        parts[name] = {
-            "runs": len(own),
-            "seconds": statistics.median(sum(op.seconds for op in ops if op.part == name) for ops in calls),
-            "bytes": sum(op.moved for op in own),
-            "flops": sum(op.flops for op in own),
-        }
-    return parts
+    for op in recorder.operators:
+        part = parts.setdefault(op.part, dict(runs=0, seconds=0.0, bytes=0, flops=0))
+        part["runs"] += 1
+        part["bytes"] += op.moved
+        part["flops"] += op.flops
+    for event in profiler.key_averages():
+        name = event.key.removeprefix(_MARK)
+        if event.key != name and name in parts and event.device_type == DeviceType.CPU:
+            microseconds = event.device_time_total if on_gpu else event.cpu_time_total
+            parts[name]["seconds"] += microseconds / 1e6
+    return {name: {key: value / rounds for key, value in part.items()} for name, part in parts.items()}
 
 
-def limits(device: torch.device, dtype: torch.dtype, rounds: int = 7) -> Dict[str, float]:
+def limits(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> Dict[str, float]:
     """Bytes a second of a large copy, and operations a second of a large matrix product, the best of some runs."""
     size = 2**28 if device.type == "cpu" else 2**30
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     side = 3072 if device.type == "cpu" else 8192
     m = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(m)
-    times = measure.interleave({"copy": lambda: b.copy_(a), "matrix": lambda: torch.mm(m, m, out=out)}, rounds, 0.2)
-    return {"bandwidth": 2 * size / min(times["copy"]), "rate": 2 * side**3 / min(times["matrix"])}
+    works: Dict[str, measure.Work] = {"copy": lambda: b.copy_(a), "matrix": lambda: torch.mm(m, m, out=out)}
+    best = {name: min(measure.device_seconds(work, device, 2) for _ in range(rounds)) for name, work in works.items()}
+    return {"bandwidth": 2 * size / best["copy"], "rate": 2 * side**3 / best["matrix"]}
 
 
 def bounds(parts: Dict[str, Dict[str, float]], limit: Dict[str, float]) -> Tuple[float, float]:
@@ -196,16 +197,19 @@ def main(argv: Optional[List[str]] = None) -> None:
             works[str(entry)] = speed.prepare(entry, model, images, args.work == "train")[0]
         summed, least = bounds(parts, limit)
         row: Dict[str, Any] = {"entry": str(entry), "sum_of_bounds": summed, "least_bound": least}
+        row["busy"] = measure.device_seconds(works[str(entry)], device)
         if plain == entry:
             row["parts"] = parts
             print(f"{entry}\n\n{report(parts)}\n", flush=True)
         result["rows"].append(row)
+        if args.out:
+            measure.save(args.out, args.name, result)
     times = measure.interleave(works, args.rounds, args.seconds)
     lines = []
     for row in result["rows"]:
         row["seconds"] = times[row["entry"]]
         median = measure.spread(row["seconds"])[1]
-        figures = (median, row["sum_of_bounds"], row["least_bound"])
+        figures = (median, row["busy"], row["sum_of_bounds"], row["least_bound"])
         lines.append(
             [
                 row["entry"],
@@ -217,6 +221,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     header = [
         f"{args.work}, batch {args.batch_size}",
         "ms",
+        "busy",
         "sum of bounds",
         "least bound",
         "of the sum",

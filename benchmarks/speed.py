@@ -4,7 +4,8 @@ python -m benchmarks.speed container_light:eager,fused resnet50:eager,channels_l
 
 An entry is a model of timm's registry, ours among them, then its settings: several after commas, parts of one joined
 by `+`. Every setting of every entry is measured by turns in the same run, and its answers are compared with those of
-the same weights in float32, eager.
+the same weights in float32, eager, on the CPU. With --jobs models are prepared side by side, each in a process of its
+own. What is there is saved after every round, and with --budget the command ends in time with what it has.
 
   eager          as created
   fused          container.fuse.fuse: weights in channels_last; of other models what timm's reparameterize_model does
@@ -12,6 +13,7 @@ the same weights in float32, eager.
   bf16           weights and images in bfloat16
   amp            autocast to bfloat16
   compile        torch.compile
+  graph          a CUDA graph of the call, replayed; GPU
   freeze         torch.compile, the weights as constants (inductor's freezing); CPU
   aot            torch.export, then AOTInductor (on a CPU with freezing)
   onnx           ONNX Runtime, CPU
@@ -23,23 +25,27 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import math
 import sys
 import tempfile
+import time
 import traceback
 import warnings
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
 
 import timm
 import torch
 from torch import Tensor, nn
+from torch.utils.benchmark import Timer
 
 import container.fuse
 
 from . import measure
+from .workers import Inline, Worker, first_answers
 
-SETTINGS = ("eager", "fused", "channels_last", "bf16", "amp", "compile", "freeze", "aot", "onnx")
-INFERENCE_ONLY = {"fused", "freeze", "aot", "onnx"}
+SETTINGS = ("eager", "fused", "channels_last", "bf16", "amp", "compile", "graph", "freeze", "aot", "onnx")
+INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx"}
 WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "images/s, training step"}
 
 
@@ -76,8 +82,8 @@ def parse(words: List[str]) -> List[Entry]:
     return entries
 
 
-def released(path: str) -> nn.Module:
-    """The authors' CONTAINER-LIGHT from their models.py, as users have it.
+def released(path: str) -> Callable[[], nn.Module]:
+    """What makes the authors' CONTAINER-LIGHT, from their models.py as users have it.
 
     Args:
         path: That file, or its folder.
@@ -95,32 +101,78 @@ def released(path: str) -> nn.Module:
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")  # it imports from where timm had its layers in 2021
         spec.loader.exec_module(module)
-        if not hasattr(module, "container_v1_light"):
-            raise SystemExit(f"benchmarks: {file} has no container_v1_light")
-        return module.container_v1_light()
+    if not hasattr(module, "container_v1_light"):
+        raise SystemExit(f"benchmarks: {file} has no container_v1_light")
+    return module.container_v1_light
 
 
-def create(name: str, img_size: int, released_path: Optional[str]) -> nn.Module:
-    """A model with random weights, the same at every call.
+def factory(name: str, released_path: Optional[str]) -> Callable[[], nn.Module]:
+    """What makes a model.
 
     Raises:
         SystemExit: No model has that name, or `released` comes without a path.
     """
-    torch.manual_seed(0)
     if name == "released":
         if released_path is None:
             raise SystemExit("benchmarks: `released` needs --released PATH, the authors' models.py")
         return released(released_path)
     if not timm.is_model(name):
         raise SystemExit(f"benchmarks: timm knows no model {name!r}")
-    model = timm.create_model(name)
+    return lambda: timm.create_model(name)
+
+
+def create(name: str, img_size: int, released_path: Optional[str]) -> nn.Module:
+    """A model with random weights, the same at every call.
+
+    Raises:
+        SystemExit: There is no such model.
+    """
+    torch.manual_seed(0)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        model = factory(name, released_path)()
     default = getattr(model, "default_cfg", {}).get("input_size", (3, img_size, img_size))
     if tuple(default[-2:]) != (img_size, img_size) and hasattr(model, "set_input_size"):
         model.set_input_size(img_size=img_size)  # type: ignore[operator]
     return model
 
 
-def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tuple[Callable[[], Any], int]:
+class Graphed:
+    """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
+
+    Args:
+        call: What it does; always the same, on the same tensors.
+    """
+
+    def __init__(self, call: measure.Work) -> None:
+        self.call = call
+
+    def capture(self) -> None:
+        """Runs the call to let it allocate and choose kernels, then records it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = self.call()
+
+        def replay() -> Any:
+            graph.replay()
+            return answer
+
+        self.call = replay
+
+    def __call__(self) -> Any:
+        """Does it."""
+        return self.call()
+
+
+def prepare(
+    entry: Entry, model: nn.Module, images: Tensor, train: bool, backend: str = "inductor"
+) -> Tuple[measure.Work, int]:
     """The work that is timed, and the bytes that it holds between two calls (weights, statistics, optimizer).
 
     Args:
@@ -128,6 +180,7 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
         model: Its model, in float32 on the CPU; a copy is changed.
         images: (B, 3, S, S) in float32 on the device.
         train: A step of AdamW on random labels; else a forward pass, which the work returns.
+        backend: Of torch.compile.
 
     Raises:
         ValueError: The settings do not go together.
@@ -135,6 +188,8 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
     settings, device = set(entry.settings), images.device
     if train and settings & INFERENCE_ONLY:
         raise ValueError(f"{'+'.join(sorted(settings & INFERENCE_ONLY))} is for inference")
+    if "graph" in settings and device.type != "cuda":
+        raise ValueError("graph is for a GPU")
     model = copy.deepcopy(model).train(train)
     if "fused" in settings:
         model = container.fuse.fuse(model)
@@ -151,7 +206,7 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
     run: Callable[[Tensor], Tensor] = model
     if "compile" in settings or "freeze" in settings:
         torch._dynamo.reset()
-        run = torch.compile(model, options={"freezing": True} if "freeze" in settings else None)
+        run = torch.compile(model, backend=backend, options={"freezing": True} if "freeze" in settings else None)
     elif "aot" in settings:
         run = _aot(model, images)
     elif "onnx" in settings:
@@ -163,7 +218,7 @@ def prepare(entry: Entry, model: nn.Module, images: Tensor, train: bool) -> Tupl
             with torch.no_grad(), cast():
                 return run(images)
 
-        return infer, held
+        return (Graphed(infer) if "graph" in settings else infer), held
 
     labels = torch.randint(0, 1000, (len(images),), device=device)
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
@@ -209,13 +264,99 @@ def _onnx(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     return run
 
 
+class Task(NamedTuple):
+    """What all entries share."""
+
+    work: str
+    batch_size: int
+    img_size: int
+    device: str
+    alone: bool  # nothing else runs while an entry is prepared
+    released: Optional[str]
+    backend: str
+    traceback: bool
+
+
+_works: Dict[str, measure.Work] = {}  # of this process, by entry
+
+
+def _prepare(task: Task, model_name: str, entries: List[Entry]) -> List[Dict[str, Any]]:
+    """Makes a model and the works of its entries, and calls each once; returns their rows."""
+    device = measure.pick_device(task.device)
+    # While others compute, too, trying kernels would choose by chance: that waits for `_begin`.
+    torch.backends.cudnn.benchmark &= task.alone
+    # Compiles a backward pass with its forward pass, and not when that holds its activations already.
+    if not task.alone and hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
+        torch._functorch.config.force_non_lazy_backward_lowering = True
+    images = torch.randn(task.batch_size, 3, task.img_size, task.img_size, generator=torch.Generator().manual_seed(0))
+    model = create(model_name, task.img_size, task.released)
+    expected: Optional[Tensor] = None
+    rows = []
+    for entry in entries:
+        row: Dict[str, Any] = dict(entry=str(entry), model=entry.model, work=task.work, batch_size=task.batch_size)
+        row["parameters"] = sum(p.numel() for p in model.parameters())
+        rows.append(row)
+        print(f"  {task.work}: preparing {entry}", file=sys.stderr, flush=True)
+        start = time.perf_counter()
+        try:
+            with warnings.catch_warnings():
+                warnings.simplefilter("ignore")  # of the compilers, about themselves
+                call, row["held"] = prepare(entry, model, images.to(device), task.work == "train", task.backend)
+                answer = call()
+        except (Exception, SystemExit) as error:  # one entry's failure is a row, not the end of the others
+            if task.traceback:
+                traceback.print_exc()
+            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
+            continue
+        finally:
+            if device.type == "cuda":
+                torch.cuda.empty_cache()  # others need it
+        if task.work != "train":
+            if expected is None:
+                with torch.no_grad():
+                    expected = model.eval()(images[:2])
+            row["difference"] = float((answer[:2].float().cpu() - expected).abs().max() / expected.abs().max())
+        row["prepared_in"] = time.perf_counter() - start
+        _works[str(entry)] = call
+    return rows
+
+
+def _begin(task: Task, entry: str, seconds: float) -> Tuple[Optional[int], int]:
+    """Warms a work up while nothing else runs; returns its peak memory in a call, and the calls that fill a turn."""
+    device = measure.pick_device(task.device)
+    work = _works[entry]
+    if isinstance(work, Graphed):
+        work.capture()
+    work()  # cuDNN tries its kernels
+    peak = None if "onnx" in entry else measure.peak_memory(work, device)
+    once = _turn(task, entry, 1)
+    return peak, max(1, math.ceil(seconds / once)) if once else 1000
+
+
+def _turn(task: Task, entry: str, calls: int) -> float:
+    """Seconds a call. A latency is waited for at every call; else calls follow one another without waiting."""
+    work, on_gpu = _works[entry], task.device.startswith("cuda")
+    if on_gpu:
+        work()  # takes its memory back, which it gave to the others after the last turn
+        torch.cuda.synchronize()
+    if on_gpu and task.work == "latency":
+        timer = Timer("work(); wait()", globals=dict(work=work, wait=torch.cuda.synchronize))
+    else:
+        timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
+    seconds = timer.timeit(calls).mean
+    if on_gpu:
+        torch.cuda.empty_cache()
+    return seconds
+
+
 def main(argv: Optional[List[str]] = None) -> None:
     """Measures, prints tables, and writes `speed.json` and `speed.png` with --out."""
     args = _parser().parse_args(argv)
     entries, device = parse(args.entries), measure.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
-    models = {name: create(name, args.img_size, args.released) for name in dict.fromkeys(e.model for e in entries)}
+    for name in dict.fromkeys(entry.model for entry in entries):
+        factory(name, args.released)  # which ends here if there is no such model
     record: Dict[str, Any] = {
         "environment": measure.environment(device),
         "img_size": args.img_size,
@@ -226,7 +367,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     }
     print(measure.device_name(record["environment"]), file=sys.stderr)
     for work in args.work:
-        record["rows"] += _measure(work, entries, models, device, args)
+        _measure(work, entries, device, args, record)
         print(report(record, work), flush=True)
     if args.out:
         stem = measure.save(args.out, args.name, record)
@@ -240,44 +381,109 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 def _measure(
-    work: str, entries: List[Entry], models: Dict[str, nn.Module], device: torch.device, args: argparse.Namespace
-) -> List[Dict[str, Any]]:
-    batch = 1 if work == "latency" else args.batch_size
-    images = torch.randn(batch, 3, args.img_size, args.img_size, generator=torch.Generator().manual_seed(0))
-    rows, works = [], {}
-    answers: Dict[str, Tensor] = {}
+    work: str, entries: List[Entry], device: torch.device, args: argparse.Namespace, record: Dict[str, Any]
+) -> None:
+    """Adds the rows of one kind of work to the record, and saves it whenever it has grown."""
+    start = time.perf_counter()
+
+    def left(share: float = 1.0) -> float:
+        return share * args.budget - (time.perf_counter() - start) if args.budget else math.inf
+
+    def save() -> None:
+        if args.out:
+            measure.save(args.out, args.name, record)
+
+    task = Task(
+        work=work,
+        batch_size=1 if work == "latency" else args.batch_size,
+        img_size=args.img_size,
+        device=str(device),
+        alone=not args.jobs,
+        released=args.released,
+        backend=args.backend,
+        traceback=args.traceback,
+    )
+    by_model: Dict[str, List[Entry]] = {}
     for entry in entries:
-        print(f"  {work}: preparing {entry}", file=sys.stderr, flush=True)
-        model = models[entry.model]
-        row: Dict[str, Any] = {"entry": str(entry), "model": entry.model, "work": work, "batch_size": batch}
-        row["parameters"] = sum(p.numel() for p in model.parameters())
-        rows.append(row)
+        by_model.setdefault(entry.model, []).append(entry)
+    workers: Dict[str, Union[Inline, Worker]] = {}
+    rows: Dict[str, Dict[str, Any]] = {}
+
+    def fail(model: str, error: str) -> None:
+        """Leaves a model out that has no process any more."""
+        workers.pop(model).end()
+        for entry in by_model[model]:
+            row = rows.setdefault(str(entry), dict(entry=str(entry), model=model, work=work))
+            row.setdefault("error", error)
+
+    def ask(model: str, function: Callable, *arguments: Any) -> Any:
+        """The answer to an order, or None if there is none."""
+        workers[model].order(function, task, *arguments)
+        if not first_answers({model: workers[model]}, left()):
+            fail(model, f"no answer in the {args.budget:.0f} s that there were")
+            return None
         try:
-            with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compilers, about themselves
-                call, held = prepare(entry, model, images.to(device), work == "train")
-                answer = call()
-                peak = None if "onnx" in entry.settings else measure.peak_memory(call, device)
-        except (Exception, SystemExit) as error:  # one entry's failure is a row, not the end of the others
-            if args.traceback:
-                traceback.print_exc()
-            row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
-            continue
-        if work != "train":
-            if entry.model not in answers:
-                with torch.no_grad():
-                    answers[entry.model] = model.eval()(images[:2])
-            expected = answers[entry.model]
-            row["difference"] = float((answer[:2].float().cpu() - expected).abs().max() / expected.abs().max())
-        row["peak_memory"] = None if peak is None else peak + held
-        works[str(entry)] = call
-    times = measure.interleave(works, args.rounds, args.seconds) if works else {}
-    first = next(iter(times), None)
-    for row in rows:
-        if row["entry"] in times and first is not None:
-            row["seconds"] = times[row["entry"]]
-            row["faster"] = measure.ratios(times[first], row["seconds"])
-    return rows
+            return workers[model].answer()
+        except RuntimeError as error:
+            fail(model, str(error))
+            return None
+
+    try:
+        waiting = list(by_model)
+        busy: Dict[str, Union[Inline, Worker]] = {}
+        while waiting or busy:
+            while waiting and len(busy) < max(1, args.jobs):
+                model = waiting.pop(0)
+                workers[model] = busy[model] = Worker() if args.jobs else Inline()
+                busy[model].order(_prepare, task, model, by_model[model])
+            ready = first_answers(busy, left(0.6))
+            if not ready:
+                for model in [*busy, *waiting]:
+                    workers.setdefault(model, Inline())
+                    fail(model, f"not prepared in {0.6 * args.budget:.0f} s")
+                break
+            for model, worker in ready:
+                del busy[model]
+                try:
+                    rows |= {row["entry"]: row for row in worker.answer()}
+                except RuntimeError as error:
+                    fail(model, str(error))
+            record["rows"] = [row for row in record["rows"] if row["work"] != work] + list(rows.values())
+            save()
+        for model in list(workers):  # what found no memory beside the others may find it now
+            again = [entry for entry in by_model[model] if "OutOfMemory" in rows[str(entry)].get("error", "")]
+            if again and args.jobs:
+                rows |= {row["entry"]: row for row in ask(model, _prepare, again) or []}
+        rows = {str(entry): rows[str(entry)] for entry in entries}
+        record["rows"] = [row for row in record["rows"] if row["work"] != work] + list(rows.values())
+        calls: Dict[str, int] = {}
+        for name, row in rows.items():
+            if "error" not in row and (begun := ask(row["model"], _begin, name, args.seconds)) is not None:
+                peak, calls[name] = begun
+                row["peak_memory"] = None if peak is None else peak + row["held"]
+                row["seconds"] = []
+        names = list(calls)
+        for i in range(args.rounds):
+            for name in names[i % max(1, len(names)) :] + names[: i % max(1, len(names))]:
+                if "error" in rows[name] or left() < 2 * args.seconds:
+                    continue
+                if (seconds := ask(rows[name]["model"], _turn, name, calls[name])) is not None:
+                    rows[name]["seconds"].append(seconds)
+            save()
+    finally:
+        for worker in workers.values():
+            worker.end()
+        _works.clear()
+    whole = min((len(row["seconds"]) for row in rows.values() if "error" not in row and "seconds" in row), default=0)
+    for row in rows.values():
+        if "error" not in row and not whole:
+            row["error"] = "no round in the time that there was"
+        if "error" not in row:
+            row["seconds"] = row["seconds"][:whole]  # of rounds that all entries were in
+    first = next((row for row in rows.values() if "error" not in row), None)
+    for row in rows.values():
+        if "error" not in row and first is not None:
+            row["faster"] = measure.ratios(first["seconds"], row["seconds"])
 
 
 def report(record: Dict[str, Any], work: str) -> str:
@@ -301,7 +507,7 @@ def report(record: Dict[str, Any], work: str) -> str:
                 "" if difference is None else f"{difference:.0e}",
             ]
         )
-    batch = rows[0]["batch_size"]
+    batch = next((row["batch_size"] for row in rows if "batch_size" in row), "?")
     header = [f"batch {batch}, {record['img_size']} px", WORKS[work], "quartiles", "x first", "peak MiB", "difference"]
     return "\n" + measure.table(header, lines) + "\n"
 
@@ -350,6 +556,11 @@ def _parser() -> argparse.ArgumentParser:
     parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
     parser.add_argument("--rounds", type=int, default=9, help="turns of every entry; default 9")
     parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn; default 1")
+    parser.add_argument(
+        "--jobs", type=int, default=0, metavar="N", help="models prepared at once, in processes of their own"
+    )
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of each kind of work; rounds end with it")
+    parser.add_argument("--backend", default="inductor", help="of torch.compile; default inductor")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--out", metavar="DIR", help="where the JSON and the picture go")
     parser.add_argument("--name", default="speed", help="their name; default: speed")

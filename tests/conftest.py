@@ -1,5 +1,6 @@
 """Fixtures shared by the tests, and the data that some of them need and the project does not ship."""
 
+import json
 import os
 import random
 import tempfile
@@ -25,6 +26,30 @@ os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
 
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core; more threads than cores make each other wait
+
+
+def pytest_addoption(parser):
+    parser.addoption("--results", metavar="FILE", help="JSON of what ran and what the tests recorded, after each test")
+
+
+def pytest_configure(config):
+    if (file := config.getoption("--results")) and "PYTEST_XDIST_WORKER" not in os.environ:
+        config.pluginmanager.register(Results(Path(file)))
+
+
+class Results:
+    """Keeps outcome, duration and recorded properties of every test, so that a run that is killed leaves them."""
+
+    def __init__(self, file: Path) -> None:
+        self.file, self.tests = file, {}
+
+    def pytest_runtest_logreport(self, report) -> None:
+        test = self.tests.setdefault(report.nodeid, dict(outcome="passed", seconds=0.0))
+        test["seconds"] += report.duration
+        test.update(report.user_properties)
+        if report.outcome != "passed":
+            test.update(outcome=report.outcome, message=str(report.longrepr).splitlines()[-1])
+        container.files.write_atomically(self.file, json.dumps(self.tests, indent=1).encode())
 
 
 def shared(name: str) -> Path:

@@ -1,0 +1,112 @@
+"""A model on 32 x 32 or 64 x 64 images in a given time: data and augmentation on the device, as in the study.
+
+python -m benchmarks.cifar --data-dir cifar10 --seconds 120 --compile --out OUT
+
+The speed is measured first, then as many epochs are trained as fit, with a learning rate that ends with them. The
+result is that of the last epoch; nothing is chosen by the test images. `--epochs` of the record repeats a run.
+"""
+
+import argparse
+import copy
+import sys
+import time
+from pathlib import Path
+from typing import Any, Dict, List, Optional
+
+import timm
+import torch
+from safetensors.torch import save
+from torch import nn
+
+from container.files import write_atomically
+
+from . import affinity_study as study
+from . import measure
+
+
+def epoch_seconds(model: nn.Module, data: study.Data, recipe: study.Recipe, device: torch.device, steps: int) -> float:
+    """How long an epoch takes, from some steps and a look at as large a share of the test images.
+
+    Args:
+        model: On the device; if compiled, it is compiled here. Its weights are as before.
+        data: On the device.
+        recipe: Of the run.
+        device: Where.
+        steps: So many.
+    """
+    kept = copy.deepcopy(model.state_dict())
+    share = steps * recipe.batch_size / len(data.images)
+    train, test = steps * recipe.batch_size, max(500, round(share * len(data.test_images)))
+    some = data._replace(
+        images=data.images[:train],
+        labels=data.labels[:train],
+        test_images=data.test_images[:test],
+        test_labels=data.test_labels[:test],
+    )
+    probe = recipe._replace(epochs=2, warmup_epochs=0)  # the first is for compilers
+    first, second = (entry["seconds"] for entry in study.train(model, 0, some, probe, device, "to measure the speed"))
+    model.load_state_dict(kept)  # in place: a compiled model goes on knowing them
+    print(f"  ready after {first:.1f} s", file=sys.stderr)
+    return second / share
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Trains, and writes `cifar.json` and `MODEL.safetensors` with --out, after every epoch."""
+    start = time.perf_counter()
+    parser = argparse.ArgumentParser(
+        prog="python -m benchmarks.cifar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--data-dir", required=True, help="an ImageNet-layout folder of 32 x 32 or 64 x 64 images")
+    parser.add_argument("--model", default="container_light_nano_32")
+    parser.add_argument("--seconds", type=float, default=120.0, help="for everything; default 120")
+    parser.add_argument("--epochs", type=int, help="so many, however long they take")
+    parser.add_argument("--batch-size", type=int, default=256)
+    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--images", type=int, default=0, help="so many to train on, and half to test")
+    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile; inductor")
+    parser.add_argument("--device", default="auto")
+    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--name", default="cifar")
+    args = parser.parse_args(argv)
+    device, out = measure.pick_device(args.device), Path(args.out)
+    if not timm.is_model(args.model):
+        raise SystemExit(f"benchmarks: timm knows no model {args.model!r}")
+    study.splits(args.data_dir)
+    data = study.load(args.data_dir, args.images, args.images // 2)
+    if len(data.images) < args.batch_size:
+        raise SystemExit(f"benchmarks: {len(data.images)} images to train on are no batch of {args.batch_size}")
+    data = study.Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
+    torch.manual_seed(args.seed)
+    model = timm.create_model(args.model, num_classes=data.classes).to(device)
+    if args.compile:  # its CUDA graphs make a small model as fast as its kernels
+        model.compile(backend=args.compile, mode="reduce-overhead" if args.compile == "inductor" else None)
+    recipe = study.Recipe(batch_size=args.batch_size, lr=args.lr)
+    epochs = args.epochs
+    if epochs is None:
+        steps = min(40, len(data.images) // args.batch_size)
+        epoch = epoch_seconds(model, data, recipe, device, steps)
+        epochs = max(1, int(0.9 * (args.seconds - (time.perf_counter() - start)) / epoch))
+        print(f"  {epoch:.2f} s an epoch: {epochs} fit in {args.seconds:.0f} s", file=sys.stderr)
+    recipe = recipe._replace(epochs=epochs, warmup_epochs=min(5, epochs // 4))
+    record: Dict[str, Any] = dict(
+        environment=measure.environment(device),
+        model=args.model,
+        data=data.name,
+        seed=args.seed,
+        compile=args.compile,
+        recipe=recipe._asdict(),
+        history=[],
+    )
+    out.mkdir(parents=True, exist_ok=True)
+    for entry in study.train(model, args.seed, data, recipe, device, f"{data.name}, {args.model}"):
+        record["history"].append(entry)
+        record["seconds"] = time.perf_counter() - start
+        measure.save(out, args.name, record)
+        weights = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
+        write_atomically(out / f"{args.model}.safetensors", save(weights))
+    print(f"{record['history'][-1]['top1']:.2f} % top-1 after {epochs} epochs and {record['seconds']:.0f} s")
+
+
+if __name__ == "__main__":
+    main()

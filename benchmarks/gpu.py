@@ -1,0 +1,354 @@
+"""The plan of benchmarks/gpu.sh, which says what it is for: steps in order of worth, under one budget.
+
+A step is commands. Each has the step's limit, is killed at it with all that it started, and costs only itself when it
+fails. What it prints is shown and kept in OUT/STEP.log; what it measures it writes to OUT by itself, bit by bit.
+"""
+
+import argparse
+import contextlib
+import ctypes
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import threading
+import time
+from importlib.metadata import PackageNotFoundError, requires, version
+from pathlib import Path
+from typing import Any, Dict, List, NamedTuple, Optional
+
+ROOT = Path(__file__).resolve().parent.parent
+STEPS = ("tests", "infer", "train", "latency", "roofline", "cifar")
+PROJECT = "container-timm"
+OURS = ("container_light", "container_light_mlp4", "container")
+PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "pvt_v2_b2")
+STAND_INS = {  # in a rehearsal
+    "container_light": "container_light_nano",
+    "container_light_mlp4": "container_light_nano",
+    "container": "container_light_nano",
+    **dict.fromkeys(PEERS, "resnet10t"),
+}
+
+
+class Step(NamedTuple):
+    """A step of the plan."""
+
+    name: str
+    seconds: float  # its limit
+    least: float  # it is left out where less is left
+    commands: List[List[str]]
+
+
+def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], data: Optional[str]) -> List[Step]:
+    """The steps, in order of worth.
+
+    Args:
+        out: Where they write.
+        minutes: For everything; limits are those of 8 minutes, longer or shorter in proportion.
+        rehearse: With small models and tiny sizes, on the CPU, and without compilers, which take minutes there.
+        released: The authors' models.py.
+        data: CIFAR-10.
+    """
+    scale = minutes / 8
+    limit = {
+        "tests": 90 * scale,
+        "infer": 110 * scale,
+        "train": 120 * scale,
+        "latency": 45 * scale,
+        "roofline": 50 * scale,
+    }
+    nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
+    ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
+    infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
+    train = [f"{name}:amp+channels_last{more}" for name in (*OURS, *PEERS) for more in ("", compiled)]
+    latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)] + [ours[0] + compiled + graph]
+    if released:
+        infer += ["released:amp", "released:amp+channels_last+compile"]
+        train += ["released:amp", "released:amp+channels_last+compile"]
+        latency += ["released:amp"]
+
+    def command(module: str, *words: object) -> List[str]:
+        return [sys.executable, "-m", module, *map(str, words)]
+
+    def sized(batch: int) -> List[object]:
+        if rehearse:
+            return ["--batch-size", 2, "--img-size", 32, "--device", "cpu", "--out", out]
+        return ["--batch-size", batch, "--device", "cuda", "--out", out]
+
+    def speed(work: str, seconds: float, entries: List[str], batch: int) -> List[str]:
+        turns: List[object] = ["--rounds", 9, "--seconds", 0.25, "--jobs", 8]
+        if rehearse:
+            turns = ["--rounds", 1, "--seconds", 0, "--jobs", 2, "--backend", "aot_eager"]
+        source = ["--released", released] if released and not rehearse else []
+        budget = ["--budget", round(0.93 * seconds)]
+        return command(
+            "benchmarks.speed", *small(entries), *sized(batch), *turns, *source, *budget, "--work", work, "--name", work
+        )
+
+    def small(entries: List[str]) -> List[str]:
+        if not rehearse:
+            return entries
+        pairs = [entry.partition(":") for entry in entries if not entry.startswith("released") and graph not in entry]
+        return list(dict.fromkeys(f"{STAND_INS[name]}:{settings}" for name, _, settings in pairs))
+
+    light, trained = small([ours[0]])[0], small(["container_light:amp+channels_last"])[0]
+    rounds = ["--rounds", 1, "--seconds", 0] if rehearse else ["--rounds", 5, "--seconds", 0.2]
+
+    def parts(batch: int, *words: object) -> List[str]:
+        of: List[object] = ["--stages", 4] if rehearse else ["--dtype", "bfloat16"]
+        sizes = [word for word in sized(batch) if word not in ("--img-size", 32)]
+        return command("benchmarks.parts", *sizes, *of, "--rounds", 1, "--seconds", 0, *words)
+
+    pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
+    pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
+    cifar: List[object] = ["--data-dir", data, "--out", out, "--seconds", "{left}"]
+    cifar += ["--images", 256, "--batch-size", 64, "--epochs", 1, "--device", "cpu"] if rehearse else ["--compile"]
+    return [
+        Step("tests", limit["tests"], 60 * scale, [command("pytest", *pytest)]),
+        Step("infer", limit["infer"], 60 * scale, [speed("infer", limit["infer"], infer, 256)]),
+        Step(
+            "train",
+            limit["train"],
+            60 * scale,
+            [
+                command("benchmarks.kernels", trained, *sized(128), "--steps", 2 if rehearse else 20),
+                speed("train", limit["train"] - 20 * scale, train, 128),
+            ],
+        ),
+        Step("latency", limit["latency"], 30 * scale, [speed("latency", limit["latency"], latency, 1)]),
+        Step(
+            "roofline",
+            limit["roofline"],
+            25 * scale,
+            [
+                command("benchmarks.roofline", light, *sized(256), *rounds, "--name", "roofline-infer"),
+                command(
+                    "benchmarks.roofline", trained, *sized(128), *rounds, "--work", "train", "--name", "roofline-train"
+                ),
+                parts(256, "--name", "parts-infer"),
+                parts(128, "--name", "parts-train", "--backward"),
+            ],
+        ),
+        Step("cifar", 3600, 45 * scale, [command("benchmarks.cifar", *cifar)] if data else []),
+    ]
+
+
+# ---------------------------------------------------------------------------------------------------------- the check
+
+
+def check(rehearse: bool, released: Optional[str], data: Optional[str]) -> Dict[str, Any]:
+    """What is here, and in `missing` what is not and has to be."""
+    from packaging.requirements import Requirement
+
+    found: Dict[str, Any] = dict(python=sys.version.split()[0], missing=[])
+    try:
+        needed = [Requirement(line) for line in requires(PROJECT) or []]
+    except PackageNotFoundError:
+        found["missing"].append(f"{PROJECT} itself: its metadata say what it needs")
+        return found
+    needed = [r for r in needed if r.marker is None or any(r.marker.evaluate({"extra": e}) for e in ("", "train"))]
+    for requirement in [*needed, Requirement("pytest"), Requirement("pytest-xdist")]:
+        try:
+            found[requirement.name] = version(requirement.name)
+        except PackageNotFoundError:
+            found["missing"].append(str(requirement))
+            continue
+        if not requirement.specifier.contains(found[requirement.name], prereleases=True):
+            found["missing"].append(f"{requirement} (here is {found[requirement.name]})")
+    for name, path in (("--released", released), ("--data", data)):
+        if path is not None and not Path(path).exists():
+            found["missing"].append(f"{name} {path}")
+    if not rehearse and not found["missing"]:
+        import torch
+
+        if not torch.cuda.is_available():
+            found["missing"].append("a GPU that PyTorch can use; --rehearse needs none")
+        else:
+            free, total = torch.cuda.mem_get_info()
+            found["gpu"], found["cuda"] = torch.cuda.get_device_name(), torch.version.cuda
+            found["memory"] = f"{free / 2**30:.1f} of {total / 2**30:.1f} GiB free"
+    return found
+
+
+# ------------------------------------------------------------------------------------------------------------ running
+
+
+def descendants(pid: int) -> List[int]:
+    """All processes that a process started, and those that they started, also in sessions of their own (Linux)."""
+    children: Dict[int, List[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name_and_rest = stat.read_text().rpartition(")")[2].split()
+        except OSError:
+            continue  # it has just ended
+        if name_and_rest[0] != "Z":
+            children.setdefault(int(name_and_rest[1]), []).append(int(stat.parent.name))
+    found, open_ = [], [pid]
+    while open_:
+        own = children.get(open_.pop(), [])
+        found += own
+        open_ += own
+    return found
+
+
+def kill_descendants() -> None:
+    """Ends everything that this process has started and that still runs."""
+    for _ in range(50):
+        left = descendants(os.getpid())
+        if not left:
+            return
+        for pid in left:
+            with contextlib.suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.02)
+
+
+def execute(command: List[str], seconds: float, log: Path, environment: Dict[str, str]) -> Dict[str, Any]:
+    """Runs a command, shows and keeps what it prints, and kills it at its limit.
+
+    Returns:
+        `outcome` (done, failed, killed), `seconds`, and the last line that it printed.
+    """
+    start, said = time.perf_counter(), ""
+    with open(log, "a") as file:
+        file.write(f"$ {' '.join(command)}\n")
+        process = subprocess.Popen(
+            command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True,
+            errors="replace", stdin=subprocess.DEVNULL,
+        )  # fmt: skip
+
+        def copy() -> None:
+            nonlocal said
+            assert process.stdout is not None
+            for line in process.stdout:
+                file.write(line)
+                file.flush()
+                print(line, end="", flush=True)
+                said = line.strip() or said
+
+        reader = threading.Thread(target=copy, daemon=True)
+        reader.start()
+        try:
+            code: Optional[int] = process.wait(timeout=max(0.0, seconds))
+        except subprocess.TimeoutExpired:
+            code = None
+        kill_descendants()
+        process.wait()
+        reader.join(timeout=2)
+    outcome = {None: "killed", 0: "done"}.get(code, "failed")
+    return dict(outcome=outcome, code=code, seconds=round(time.perf_counter() - start, 1), said=said)
+
+
+def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str], again: bool) -> Dict[str, Any]:
+    """Runs steps until the time is over, and writes `summary.json` after each.
+
+    Args:
+        steps: In order of worth.
+        out: Where `summary.json` and the logs go. Steps that are done in it already are not repeated.
+        seconds: For all of them.
+        environment: Of the commands.
+        again: Repeat also what is done.
+    """
+    end = time.monotonic() + seconds
+    file = out / "summary.json"
+    before: Dict[str, Any] = json.loads(file.read_text())["steps"] if file.is_file() else {}
+    records = dict(before)
+    for step in steps:
+        left = end - time.monotonic()
+        if not again and before.get(step.name, {}).get("outcome") == "done":
+            print(f"== {step.name}: done before", flush=True)
+            continue
+        if not step.commands:
+            records[step.name] = dict(outcome="left out", seconds=0, said="needs --data")
+            continue
+        if left < step.least:
+            records[step.name] = dict(outcome="left out", seconds=0, said=f"{left:.0f} s left, {step.least:.0f} needed")
+            continue
+        limit = min(step.seconds, left - 1)
+        stop = time.monotonic() + limit
+        log = out / f"{step.name}.log"
+        log.unlink(missing_ok=True)
+        print(f"\n== {step.name}: at most {limit:.0f} of {left:.0f} s", flush=True)
+        parts = []
+        for command in step.commands:
+            rest = stop - time.monotonic()
+            words = [word.replace("{left}", f"{rest - 5:.0f}") for word in command]
+            parts.append(execute(words, rest, log, environment))
+        worst = next((p for name in ("killed", "failed") for p in parts if p["outcome"] == name), parts[-1])
+        records[step.name] = dict(worst, seconds=round(sum(p["seconds"] for p in parts), 1))
+        write(out, records)
+    write(out, records)
+    return records
+
+
+def make_images(folder: Path) -> None:
+    """Two classes of 32 x 32 noise, bright and dark, in the layout of CIFAR-10, for the rehearsal."""
+    from PIL import Image
+
+    noise = random.Random(0)
+    for split, count in (("train", 128), ("test", 64)):
+        for name, level in (("bright", 150), ("dark", 50)):
+            (folder / split / name).mkdir(parents=True, exist_ok=True)
+            for i in range(count):
+                pixels = bytes(noise.randint(level - 40, level + 40) for _ in range(32 * 32 * 3))
+                Image.frombytes("RGB", (32, 32), pixels).save(folder / split / name / f"{i}.png")
+
+
+def write(out: Path, records: Dict[str, Any]) -> None:
+    """Writes `summary.json`."""
+    temporary = out / "summary.json.tmp"
+    temporary.write_text(json.dumps(dict(steps=records), indent=1) + "\n")
+    temporary.replace(out / "summary.json")
+
+
+def main(argv: Optional[List[str]] = None) -> None:
+    """Checks the machine, runs the plan, and says what ran and what was left."""
+    start = time.monotonic()
+    parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)
+    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; default 8")
+    parser.add_argument("--rehearse", action="store_true", help="the same steps on the CPU, with tiny sizes")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
+    parser.add_argument("--data", metavar="DIR", help="CIFAR-10: DIR/{train,test}/CLASS/*")
+    parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # where paths begin
+    args = parser.parse_args(argv)
+    if args.minutes <= 0:
+        parser.error(f"--minutes {args.minutes} are none")
+    origin = Path(args.origin).resolve()
+    released, data = (None if path is None else str(origin / path) for path in (args.released, args.data))
+    out = origin / args.out
+    out.mkdir(parents=True, exist_ok=True)
+    found = check(args.rehearse, released, data)
+    (out / "check.json").write_text(json.dumps(found, indent=1) + "\n")
+    print(", ".join(f"{key} {value}" for key, value in found.items() if key != "missing"), flush=True)
+    if found["missing"]:
+        raise SystemExit("benchmarks: missing: " + "; ".join(found["missing"]))
+    if args.rehearse and data is None:
+        data = str(out / "images")
+        make_images(Path(data))
+    environment = os.environ | {
+        "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
+        "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each of the processes that compile side by side
+        "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 8)),  # likewise
+        "CONTAINER_TEST_DEVICE": "cpu" if args.rehearse else "cuda",
+        "PYTHONUNBUFFERED": "1",
+    }
+    ctypes.CDLL(None).prctl(
+        36, 1, 0, 0, 0
+    )  # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes ours, to be killed
+    steps = plan(out, args.minutes, args.rehearse, released, data)
+    steps = [step for step in steps if not args.only or step.name in args.only]
+    records = run(steps, out, 60 * args.minutes - (time.monotonic() - start), environment, bool(args.only))
+    print(f"\n== after {time.monotonic() - start:.0f} s")
+    for name, record in records.items():
+        print(f"{name:10} {record['outcome']:9} {record['seconds']:6.1f} s   {record['said'][:110]}")
+    if any(records[step.name]["outcome"] != "done" for step in steps):
+        raise SystemExit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,91 @@
+"""Where the works of a benchmark live: in this process, or each in one of its own.
+
+A process of its own lets models be prepared side by side (compilers take half a minute a model and one core), and
+keeps what goes wrong with one, a crash of its kernels too, from the others. Only one computes while it is timed.
+"""
+
+import contextlib
+import math
+import multiprocessing
+import traceback
+from multiprocessing.connection import Connection, wait
+from typing import Any, Callable, Dict, List, Tuple
+
+__all__ = ["Inline", "Worker", "first_answers"]
+
+
+class Inline:
+    """A worker that is this process: an order is carried out when it is given."""
+
+    def order(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Calls a function."""
+        self._answer = function(*arguments)
+
+    def answer(self) -> Any:
+        """What the function returned."""
+        return self._answer
+
+    def end(self) -> None:
+        """Nothing is to be ended."""
+
+
+class Worker:
+    """A process that carries out one order after the other, and keeps its module's variables between them."""
+
+    def __init__(self) -> None:
+        context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent uses
+        self.pipe, theirs = context.Pipe()
+        self.process = context.Process(target=_serve, args=(theirs,), daemon=True)
+        self.process.start()
+        theirs.close()
+
+    def order(self, function: Callable[..., Any], *arguments: Any) -> None:
+        """Has a function of a module called there, and does not wait for it."""
+        with contextlib.suppress(OSError):  # it is dead, as its answer will say
+            self.pipe.send((function, arguments))
+
+    def answer(self) -> Any:
+        """What the function returned, once it has.
+
+        Raises:
+            RuntimeError: It raised something, or its process died.
+        """
+        try:
+            done, result = self.pipe.recv()
+        except (EOFError, OSError):
+            self.process.join()
+            raise RuntimeError(f"its process died (exit code {self.process.exitcode})") from None
+        if not done:
+            raise RuntimeError(result)
+        return result
+
+    def end(self) -> None:
+        """Ends the process; kills it if it is at work and does not hear."""
+        self.pipe.close()
+        self.process.join(timeout=1.0)
+        self.process.kill()
+        self.process.join()
+
+
+def _serve(pipe: Connection) -> None:
+    while True:
+        try:
+            function, arguments = pipe.recv()
+        except EOFError:  # the parent is gone
+            return
+        try:
+            result = (True, function(*arguments))
+        except BaseException as error:
+            traceback.print_exc()
+            result = (False, f"{type(error).__name__}: {error}")
+        pipe.send(result)
+
+
+def first_answers(workers: Dict[str, Any], seconds: float) -> List[Tuple[str, Any]]:
+    """Those workers, by name, that have an answer: the first to have one, or none if it takes longer than that."""
+    inline = [(name, worker) for name, worker in workers.items() if isinstance(worker, Inline)]
+    if inline:
+        return inline
+    pipes = {worker.pipe: (name, worker) for name, worker in workers.items()}
+    timeout = None if seconds == math.inf else max(0.0, seconds)
+    return [pipes[pipe] for pipe in wait(list(pipes), timeout)]
