@@ -54,8 +54,8 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
     scale = minutes / 8
     limit = {
         "tests": 90 * scale,
-        "infer": 110 * scale,
-        "train": 120 * scale,
+        "infer": 120 * scale,
+        "train": 150 * scale,
         "latency": 45 * scale,
         "roofline": 50 * scale,
     }

@@ -414,7 +414,8 @@ def _measure(
         workers.pop(model).end()
         for entry in by_model[model]:
             row = rows.setdefault(str(entry), dict(entry=str(entry), model=model, work=work))
-            row.setdefault("error", error)
+            if not row.get("seconds"):
+                row.setdefault("error", error)
 
     def ask(model: str, function: Callable, *arguments: Any) -> Any:
         """The answer to an order, or None if there is none."""
@@ -436,11 +437,11 @@ def _measure(
                 model = waiting.pop(0)
                 workers[model] = busy[model] = Worker() if args.jobs else Inline()
                 busy[model].order(_prepare, task, model, by_model[model])
-            ready = first_answers(busy, left(0.6))
+            ready = first_answers(busy, left(0.7))
             if not ready:
                 for model in [*busy, *waiting]:
                     workers.setdefault(model, Inline())
-                    fail(model, f"not prepared in {0.6 * args.budget:.0f} s")
+                    fail(model, f"not prepared in {0.7 * args.budget:.0f} s")
                 break
             for model, worker in ready:
                 del busy[model]
@@ -457,29 +458,39 @@ def _measure(
         rows = {str(entry): rows[str(entry)] for entry in entries}
         record["rows"] = [row for row in record["rows"] if row["work"] != work] + list(rows.values())
         calls: Dict[str, int] = {}
+
+        def turn(name: str) -> None:
+            """Adds a time to a row, if there is time for it."""
+            model = rows[name]["model"]
+            if name not in calls or model not in workers or left() < 2 * args.seconds:
+                return
+            if (seconds := ask(model, _turn, name, calls[name])) is not None:
+                rows[name]["seconds"].append(seconds)
+
         for name, row in rows.items():
-            if "error" not in row and (begun := ask(row["model"], _begin, name, args.seconds)) is not None:
+            if "error" in row or row["model"] not in workers:
+                continue
+            if (begun := ask(row["model"], _begin, name, args.seconds)) is not None:
                 peak, calls[name] = begun
                 row["peak_memory"] = None if peak is None else peak + row["held"]
                 row["seconds"] = []
+                turn(name)
+            save()
         names = list(calls)
-        for i in range(args.rounds):
-            for name in names[i % max(1, len(names)) :] + names[: i % max(1, len(names))]:
-                if "error" in rows[name] or left() < 2 * args.seconds:
-                    continue
-                if (seconds := ask(rows[name]["model"], _turn, name, calls[name])) is not None:
-                    rows[name]["seconds"].append(seconds)
+        for i in range(1, args.rounds):
+            for name in names[i % len(names) :] + names[: i % len(names)] if names else []:
+                turn(name)
             save()
     finally:
         for worker in workers.values():
             worker.end()
         _works.clear()
-    whole = min((len(row["seconds"]) for row in rows.values() if "error" not in row and "seconds" in row), default=0)
+    timed = [row for row in rows.values() if row.get("seconds")]
     for row in rows.values():
-        if "error" not in row and not whole:
-            row["error"] = "no round in the time that there was"
-        if "error" not in row:
-            row["seconds"] = row["seconds"][:whole]  # of rounds that all entries were in
+        if row not in timed:
+            row.setdefault("error", "not timed in the time that there was")
+        else:  # rounds that all were in
+            row["seconds"] = row["seconds"][: min(len(other["seconds"]) for other in timed)]
     first = next((row for row in rows.values() if "error" not in row), None)
     for row in rows.values():
         if "error" not in row and first is not None:

@@ -22,6 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import container.fuse
 from benchmarks import measure
+from benchmarks.gpu import descendants
 from container.training.plan import estimate
 
 pytestmark = pytest.mark.gpu
@@ -110,10 +111,7 @@ def test_trains_stops_and_goes_on(tmp_path, device, record):
     deadline = time.monotonic() + 120
     while not list((tmp_path / "run").glob("checkpoint-*")) and process.poll() is None and time.monotonic() < deadline:
         time.sleep(0.05)
-    trainers = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True).stdout.split()
-    assert trainers
-    for trainer in trainers:
-        os.kill(int(trainer), signal.SIGTERM)
+    os.kill(descendants(process.pid)[0], signal.SIGTERM)  # the trainer itself: torchrun's only child
     out, _ = process.communicate(timeout=120)
     assert "told to stop after 0 epochs" in out, out
     out = train(tmp_path, "--resume", "auto")
@@ -135,8 +133,8 @@ def test_compiled(name, device, record):
     backend = "inductor" if device.type == "cuda" else "aot_eager"
     compiled = torch.compile(model, fullgraph=True, backend=backend)
     expected, found = answers(model, images), answers(compiled, images)
-    assert record("logits", distance(found[0], expected[0])) < 1e-5
-    assert record("gradients", distance(found[1], expected[1])) < 1e-4
+    assert record("logits", distance(found[0], expected[0])) < 5e-5
+    assert record("gradients", distance(found[1], expected[1])) < 2e-4
     found = answers(compiled, images, dtype=torch.bfloat16)
     assert record("logits, bfloat16", distance(found[0], expected[0])) < 5e-2
 
@@ -147,8 +145,8 @@ def test_float32(name, device, record):
     model, images = create(name), torch.randn(2, 3, 64, 64)
     logits, gradients = answers(model, images)
     found = answers(model.to(device), images.to(device))
-    assert record("logits", distance(found[0], logits)) < 1e-5
-    assert record("gradients", distance(found[1], gradients)) < 1e-4
+    assert record("logits", distance(found[0], logits)) < 5e-5
+    assert record("gradients", distance(found[1], gradients)) < 2e-4
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
@@ -169,8 +167,8 @@ def test_channels_last(name, device, record):
     expected = answers(model, images)
     last = dict(memory_format=torch.channels_last)
     found = answers(model.to(**last), images.to(**last))
-    assert record("logits", distance(found[0], expected[0])) < 1e-5
-    assert record("gradients", distance(found[1], expected[1])) < 1e-4
+    assert record("logits", distance(found[0], expected[0])) < 5e-5
+    assert record("gradients", distance(found[1], expected[1])) < 2e-4
 
 
 @pytest.mark.parametrize("name", ["container_light", "container", "container_pam"])
@@ -180,7 +178,7 @@ def test_fused(name, device, record):
     model, images = create(name), torch.randn(4, 3, 64, 64, device=device)
     fused = container.fuse.fuse(model)
     expected = model.to(device)(images)
-    assert record("float32", distance(fused.to(device)(images), expected)) < 1e-5
+    assert record("float32", distance(fused.to(device)(images), expected)) < 5e-5
     for key, one in (("bfloat16", model), ("fused bfloat16", fused)):
         half = one.bfloat16()(images.bfloat16()).float()
         assert record(key, distance(half, expected)) < 0.1
@@ -207,7 +205,7 @@ def test_kernels_of_attention(dtype, device, record):
         with sdpa_kernel(getattr(SDPBackend, name)):
             y = attention(x, v)
             y.float().square().sum().backward()
-        assert record(name, distance(y.float().cpu(), expected.cpu())) < (1e-5 if dtype == torch.float32 else 2e-2)
+        assert record(name, distance(y.float().cpu(), expected.cpu())) < (5e-5 if dtype == torch.float32 else 2e-2)
         assert v.grad.isfinite().all()
 
 
