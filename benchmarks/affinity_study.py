@@ -36,7 +36,7 @@ from timm.optim import create_optimizer_v2
 from timm.scheduler import CosineLRScheduler
 from torch import Tensor, nn
 from torchvision.datasets import ImageFolder
-from torchvision.io import ImageReadMode, decode_image
+from torchvision.transforms.functional import pil_to_tensor
 
 from container.figures import gates
 from container.files import write_atomically
@@ -116,7 +116,7 @@ def load(folder: str, images: int, test_images: int) -> Data:
         for path, label in dataset.samples:
             taken[label] = taken.get(label, 0) + 1
             if not limit or taken[label] <= limit:
-                pixels.append(decode_image(path, ImageReadMode.RGB))
+                pixels.append(pil_to_tensor(dataset.loader(path)))
                 labels.append(label)
         sizes = {tuple(image.shape[1:]) for image in pixels}
         if len(sizes) != 1 or not sizes <= {(32, 32), (64, 64)}:

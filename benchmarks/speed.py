@@ -42,7 +42,7 @@ from torch.utils.benchmark import Timer
 import container.fuse
 
 from . import measure
-from .workers import Inline, Worker, first_answers
+from .workers import Inline, Worker, end, first_answers
 
 SETTINGS = ("eager", "fused", "channels_last", "bf16", "amp", "compile", "graph", "freeze", "aot", "onnx")
 INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx"}
@@ -280,8 +280,8 @@ class Task(NamedTuple):
 _works: Dict[str, measure.Work] = {}  # of this process, by entry
 
 
-def _prepare(task: Task, model_name: str, entries: List[Entry]) -> List[Dict[str, Any]]:
-    """Makes a model and the works of its entries, and calls each once; returns their rows."""
+def _prepare(task: Task, entries: List[Entry]) -> List[Dict[str, Any]]:
+    """Makes the works of a model's entries, and calls each once; returns their rows."""
     device = measure.pick_device(task.device)
     # While others compute, too, trying kernels would choose by chance: that waits for `_begin`.
     torch.backends.cudnn.benchmark &= task.alone
@@ -289,7 +289,7 @@ def _prepare(task: Task, model_name: str, entries: List[Entry]) -> List[Dict[str
     if not task.alone and hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
         torch._functorch.config.force_non_lazy_backward_lowering = True
     images = torch.randn(task.batch_size, 3, task.img_size, task.img_size, generator=torch.Generator().manual_seed(0))
-    model = create(model_name, task.img_size, task.released)
+    model = create(entries[0].model, task.img_size, task.released)
     expected: Optional[Tensor] = None
     rows = []
     for entry in entries:
@@ -309,8 +309,8 @@ def _prepare(task: Task, model_name: str, entries: List[Entry]) -> List[Dict[str
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
             continue
         finally:
-            if device.type == "cuda":
-                torch.cuda.empty_cache()  # others need it
+            if device.type == "cuda" and task.work == "train":
+                torch.cuda.empty_cache()
         if task.work != "train":
             if expected is None:
                 with torch.no_grad():
@@ -344,8 +344,8 @@ def _turn(task: Task, entry: str, calls: int) -> float:
     else:
         timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
     seconds = timer.timeit(calls).mean
-    if on_gpu:
-        torch.cuda.empty_cache()
+    if on_gpu and task.work == "train":
+        torch.cuda.empty_cache()  # activations of all processes together are more than there is
     return seconds
 
 
@@ -403,74 +403,79 @@ def _measure(
         backend=args.backend,
         traceback=args.traceback,
     )
-    by_model: Dict[str, List[Entry]] = {}
+    # A crash of a graph would take along what shares its process.
+    groups: Dict[str, List[Entry]] = {}
     for entry in entries:
-        by_model.setdefault(entry.model, []).append(entry)
+        groups.setdefault(entry.model + (", graph" if "graph" in entry.settings else ""), []).append(entry)
+    group_of = {str(entry): group for group, own in groups.items() for entry in own}
     workers: Dict[str, Union[Inline, Worker]] = {}
     rows: Dict[str, Dict[str, Any]] = {}
 
-    def fail(model: str, error: str) -> None:
-        """Leaves a model out that has no process any more."""
-        workers.pop(model).end()
-        for entry in by_model[model]:
-            row = rows.setdefault(str(entry), dict(entry=str(entry), model=model, work=work))
-            if not row.get("seconds"):
-                row.setdefault("error", error)
+    def fail(group: str, error: str) -> None:
+        """Leaves out what has no process any more."""
+        if group in workers:
+            end([workers.pop(group)])
+        for entry in groups[group]:
+            row = rows.setdefault(str(entry), dict(entry=str(entry), model=entry.model, work=work))
+            row.setdefault("error", error)
 
-    def ask(model: str, function: Callable, *arguments: Any) -> Any:
+    def ask(group: str, function: Callable, *arguments: Any) -> Any:
         """The answer to an order, or None if there is none."""
-        workers[model].order(function, task, *arguments)
-        if not first_answers({model: workers[model]}, left()):
-            fail(model, f"no answer in the {args.budget:.0f} s that there were")
+        workers[group].order(function, task, *arguments)
+        if not first_answers({group: workers[group]}, left()):
+            end([workers.pop(group)])  # the time is over
             return None
         try:
-            return workers[model].answer()
+            return workers[group].answer()
         except RuntimeError as error:
-            fail(model, str(error))
+            fail(group, str(error).splitlines()[0])
             return None
 
+    def prepared(found: List[Dict[str, Any]]) -> None:
+        """Adds rows to the record, in the order of the entries."""
+        rows.update({row["entry"]: row for row in found})
+        own = [rows[str(entry)] for entry in entries if str(entry) in rows]
+        record["rows"] = [row for row in record["rows"] if row["work"] != work] + own
+        save()
+
     try:
-        waiting = list(by_model)
+        waiting = list(groups)
         busy: Dict[str, Union[Inline, Worker]] = {}
         while waiting or busy:
             while waiting and len(busy) < max(1, args.jobs):
-                model = waiting.pop(0)
-                workers[model] = busy[model] = Worker() if args.jobs else Inline()
-                busy[model].order(_prepare, task, model, by_model[model])
+                group = waiting.pop(0)
+                workers[group] = busy[group] = Worker() if args.jobs else Inline()
+                busy[group].order(_prepare, task, groups[group])
             ready = first_answers(busy, left(0.7))
             if not ready:
-                for model in [*busy, *waiting]:
-                    workers.setdefault(model, Inline())
-                    fail(model, f"not prepared in {0.7 * args.budget:.0f} s")
+                for group in [*busy, *waiting]:
+                    fail(group, f"not prepared in {0.7 * args.budget:.0f} s")
                 break
-            for model, worker in ready:
-                del busy[model]
+            for group, worker in ready:
+                del busy[group]
                 try:
-                    rows |= {row["entry"]: row for row in worker.answer()}
+                    prepared(worker.answer())
                 except RuntimeError as error:
-                    fail(model, str(error))
-            record["rows"] = [row for row in record["rows"] if row["work"] != work] + list(rows.values())
-            save()
-        for model in list(workers):  # what found no memory beside the others may find it now
-            again = [entry for entry in by_model[model] if "OutOfMemory" in rows[str(entry)].get("error", "")]
+                    fail(group, str(error).splitlines()[0])
+        for group in list(workers):  # what found no memory beside the others may find it now
+            again = [entry for entry in groups[group] if "OutOfMemory" in rows[str(entry)].get("error", "")]
             if again and args.jobs:
-                rows |= {row["entry"]: row for row in ask(model, _prepare, again) or []}
-        rows = {str(entry): rows[str(entry)] for entry in entries}
-        record["rows"] = [row for row in record["rows"] if row["work"] != work] + list(rows.values())
+                prepared(ask(group, _prepare, again) or [])
+        prepared([])
         calls: Dict[str, int] = {}
 
         def turn(name: str) -> None:
             """Adds a time to a row, if there is time for it."""
-            model = rows[name]["model"]
-            if name not in calls or model not in workers or left() < 2 * args.seconds:
+            if name not in calls or group_of[name] not in workers or left() < 2 * args.seconds:
                 return
-            if (seconds := ask(model, _turn, name, calls[name])) is not None:
+            if (seconds := ask(group_of[name], _turn, name, calls[name])) is not None:
                 rows[name]["seconds"].append(seconds)
 
-        for name, row in rows.items():
-            if "error" in row or row["model"] not in workers:
+        for entry in entries:
+            name, row = str(entry), rows[str(entry)]
+            if "error" in row or group_of[name] not in workers:
                 continue
-            if (begun := ask(row["model"], _begin, name, args.seconds)) is not None:
+            if (begun := ask(group_of[name], _begin, name, args.seconds)) is not None:
                 peak, calls[name] = begun
                 row["peak_memory"] = None if peak is None else peak + row["held"]
                 row["seconds"] = []
@@ -482,16 +487,15 @@ def _measure(
                 turn(name)
             save()
     finally:
-        for worker in workers.values():
-            worker.end()
+        end(workers.values())
         _works.clear()
-    timed = [row for row in rows.values() if row.get("seconds")]
+    timed = [row for row in rows.values() if row.get("seconds") and "error" not in row]
     for row in rows.values():
         if row not in timed:
             row.setdefault("error", "not timed in the time that there was")
         else:  # rounds that all were in
             row["seconds"] = row["seconds"][: min(len(other["seconds"]) for other in timed)]
-    first = next((row for row in rows.values() if "error" not in row), None)
+    first = next((rows[str(entry)] for entry in entries if "error" not in rows[str(entry)]), None)
     for row in rows.values():
         if "error" not in row and first is not None:
             row["faster"] = measure.ratios(first["seconds"], row["seconds"])

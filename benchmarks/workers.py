@@ -7,11 +7,12 @@ keeps what goes wrong with one, a crash of its kernels too, from the others. Onl
 import contextlib
 import math
 import multiprocessing
+import time
 import traceback
 from multiprocessing.connection import Connection, wait
-from typing import Any, Callable, Dict, List, Tuple
+from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
 
-__all__ = ["Inline", "Worker", "first_answers"]
+__all__ = ["Inline", "Worker", "end", "first_answers"]
 
 
 class Inline:
@@ -24,9 +25,6 @@ class Inline:
     def answer(self) -> Any:
         """What the function returned."""
         return self._answer
-
-    def end(self) -> None:
-        """Nothing is to be ended."""
 
 
 class Worker:
@@ -59,13 +57,6 @@ class Worker:
             raise RuntimeError(result)
         return result
 
-    def end(self) -> None:
-        """Ends the process; kills it if it is at work and does not hear."""
-        self.pipe.close()
-        self.process.join(timeout=1.0)
-        self.process.kill()
-        self.process.join()
-
 
 def _serve(pipe: Connection) -> None:
     while True:
@@ -79,6 +70,18 @@ def _serve(pipe: Connection) -> None:
             traceback.print_exc()
             result = (False, f"{type(error).__name__}: {error}")
         pipe.send(result)
+
+
+def end(workers: Iterable[Union[Inline, Worker]]) -> None:
+    """Ends processes, and kills those that are at work and do not hear within a second."""
+    processes = [worker for worker in workers if isinstance(worker, Worker)]
+    for worker in processes:
+        worker.pipe.close()
+    deadline = time.monotonic() + 1
+    for worker in processes:
+        worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
+        worker.process.kill()
+        worker.process.join()
 
 
 def first_answers(workers: Dict[str, Any], seconds: float) -> List[Tuple[str, Any]]:
