@@ -228,9 +228,9 @@ def train(
             with cast():
                 logits = model((images - mean) / std)
             loss = F.cross_entropy(logits.float(), data.labels[chosen], label_smoothing=recipe.smoothing)
-            optimizer.zero_grad()
             loss.backward()
             optimizer.step()
+            optimizer.zero_grad()  # before the next forward pass, whose CUDA graph may want their memory
             schedule.step_update(epoch * steps + step + 1)
             losses += loss.detach()
         model.eval()

@@ -473,7 +473,7 @@ def _measure(
 
         for entry in entries:
             name, row = str(entry), rows[str(entry)]
-            if "error" in row or group_of[name] not in workers:
+            if "error" in row or group_of[name] not in workers or left() < 2 * args.seconds:
                 continue
             if (begun := ask(group_of[name], _begin, name, args.seconds)) is not None:
                 peak, calls[name] = begun
