@@ -5,12 +5,10 @@ fails. What it prints is shown and kept in OUT/STEP.log; what it measures it wri
 """
 
 import argparse
-import contextlib
 import ctypes
 import json
 import os
 import random
-import signal
 import subprocess
 import sys
 import threading
@@ -18,6 +16,8 @@ import time
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
 from typing import Any, Dict, List, NamedTuple, Optional
+
+from .workers import descendants, kill
 
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("tests", "infer", "train", "latency", "roofline", "cifar")
@@ -53,17 +53,17 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
     """
     scale = minutes / 8
     limit = {
-        "tests": 90 * scale,
-        "infer": 120 * scale,
+        "tests": 110 * scale,
+        "infer": 115 * scale,
         "train": 150 * scale,
-        "latency": 45 * scale,
-        "roofline": 50 * scale,
+        "latency": 50 * scale,
+        "roofline": 55 * scale,
     }
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
     train = [f"{name}:amp+channels_last{more}" for name in (*OURS, *PEERS) for more in ("", compiled)]
-    latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)] + [ours[0] + compiled + graph]
+    latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
     if released:
         infer += ["released:amp", "released:amp+channels_last+compile"]
         train += ["released:amp", "released:amp+channels_last+compile"]
@@ -77,8 +77,8 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
             return ["--batch-size", 2, "--img-size", 32, "--device", "cpu", "--out", out]
         return ["--batch-size", batch, "--device", "cuda", "--out", out]
 
-    def speed(work: str, entries: List[str], batch: int) -> List[str]:
-        turns: List[object] = ["--rounds", 9, "--seconds", 0.25, "--jobs", 8]
+    def speed(work: str, entries: List[str], batch: int, jobs: int) -> List[str]:
+        turns: List[object] = ["--rounds", 7, "--seconds", 0.25, "--jobs", jobs]
         if rehearse:
             turns = ["--rounds", 1, "--seconds", 0, "--jobs", 2, "--backend", "aot_eager"]
         source = ["--released", released] if released and not rehearse else []
@@ -101,21 +101,22 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
 
     pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
+    # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
     cifar: List[object] = ["--data-dir", data, "--out", out, "--seconds", "{left}"]
-    cifar += ["--images", 256, "--batch-size", 64, "--epochs", 1, "--device", "cpu"] if rehearse else ["--compile"]
+    cifar += ["--images", 256, "--batch-size", 64, "--epochs", 1, "--device", "cpu"] if rehearse else []
     return [
         Step("tests", limit["tests"], 60 * scale, [command("pytest", *pytest)]),
-        Step("infer", limit["infer"], 60 * scale, [speed("infer", infer, 256)]),
+        Step("infer", limit["infer"], 60 * scale, [speed("infer", infer, 256, 8)]),
         Step(
             "train",
             limit["train"],
             60 * scale,
             [
                 command("benchmarks.kernels", trained, *sized(128), "--steps", 2 if rehearse else 20),
-                speed("train", train, 128),
+                speed("train", train, 128, 5),
             ],
         ),
-        Step("latency", limit["latency"], 30 * scale, [speed("latency", latency, 1)]),
+        Step("latency", limit["latency"], 30 * scale, [speed("latency", latency, 1, 16)]),
         Step(
             "roofline",
             limit["roofline"],
@@ -173,33 +174,13 @@ def check(rehearse: bool, released: Optional[str], data: Optional[str]) -> Dict[
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def descendants(pid: int) -> List[int]:
-    """All processes that a process started, and those that they started, also in sessions of their own (Linux)."""
-    children: Dict[int, List[int]] = {}
-    for stat in Path("/proc").glob("[0-9]*/stat"):
-        try:
-            name_and_rest = stat.read_text().rpartition(")")[2].split()
-        except OSError:
-            continue  # it has just ended
-        if name_and_rest[0] != "Z":
-            children.setdefault(int(name_and_rest[1]), []).append(int(stat.parent.name))
-    found, open_ = [], [pid]
-    while open_:
-        own = children.get(open_.pop(), [])
-        found += own
-        open_ += own
-    return found
-
-
 def kill_descendants() -> None:
     """Ends everything that this process has started and that still runs."""
     for _ in range(50):
         left = descendants(os.getpid())
         if not left:
             return
-        for pid in left:
-            with contextlib.suppress(ProcessLookupError):
-                os.kill(pid, signal.SIGKILL)
+        kill(left)
         time.sleep(0.02)
 
 
@@ -235,6 +216,8 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
         kill_descendants()
         process.wait()
         reader.join(timeout=2)
+        if process.stdout is not None and not reader.is_alive():
+            process.stdout.close()
     outcome = {None: "killed", 0: "done"}.get(code, "failed")
     return dict(outcome=outcome, code=code, seconds=round(time.perf_counter() - start, 1), said=said)
 

@@ -376,6 +376,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     failed = [row for row in record["rows"] if "error" in row]
     for row in failed:
         print(f"benchmarks: {row['entry']}, {row['work']}: {row['error']}", file=sys.stderr)
+    print(f"{len(record['rows']) - len(failed)} of {len(record['rows'])} rows measured", file=sys.stderr)
     if failed:
         raise SystemExit(1)
 
@@ -403,10 +404,12 @@ def _measure(
         backend=args.backend,
         traceback=args.traceback,
     )
-    # A crash of a graph would take along what shares its process.
+    # What a compiler that is not ready in time, or a graph that crashes, takes along is what shares its process.
     groups: Dict[str, List[Entry]] = {}
-    for entry in entries:
-        groups.setdefault(entry.model + (", graph" if "graph" in entry.settings else ""), []).append(entry)
+    for apart in (set(), {"graph"}, {"compile"}, {"compile", "graph"}):
+        for entry in entries:
+            if apart == {"compile", "graph"} & set(entry.settings):
+                groups.setdefault(", ".join([entry.model, *sorted(apart)]), []).append(entry)
     group_of = {str(entry): group for group, own in groups.items() for entry in own}
     workers: Dict[str, Union[Inline, Worker]] = {}
     rows: Dict[str, Dict[str, Any]] = {}

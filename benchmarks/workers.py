@@ -1,18 +1,21 @@
-"""Where the works of a benchmark live: in this process, or each in one of its own.
+"""Where the works of a benchmark live: in this process, or each in one of its own. And how processes end.
 
-A process of its own lets models be prepared side by side (compilers take half a minute a model and one core), and
-keeps what goes wrong with one, a crash of its kernels too, from the others. Only one computes while it is timed.
+A process of its own lets models be prepared side by side (compilers take a minute a model), and keeps what goes wrong
+with one, a crash of its kernels too, from the others. Only one computes while it is timed.
 """
 
 import contextlib
 import math
 import multiprocessing
+import os
+import signal
 import time
 import traceback
 from multiprocessing.connection import Connection, wait
+from pathlib import Path
 from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
 
-__all__ = ["Inline", "Worker", "end", "first_answers"]
+__all__ = ["Inline", "Worker", "descendants", "end", "first_answers", "kill"]
 
 
 class Inline:
@@ -73,15 +76,43 @@ def _serve(pipe: Connection) -> None:
 
 
 def end(workers: Iterable[Union[Inline, Worker]]) -> None:
-    """Ends processes, and kills those that are at work and do not hear within a second."""
+    """Ends processes, and kills those that are at work and do not hear within a second, with all that they started."""
     processes = [worker for worker in workers if isinstance(worker, Worker)]
     for worker in processes:
         worker.pipe.close()
     deadline = time.monotonic() + 1
     for worker in processes:
         worker.process.join(timeout=max(0.0, deadline - time.monotonic()))
-        worker.process.kill()
+        if worker.process.is_alive():
+            assert worker.process.pid is not None
+            kill([*descendants(worker.process.pid), worker.process.pid])
         worker.process.join()
+
+
+def descendants(pid: int) -> List[int]:
+    """All processes that a process started, and those that they started, also in sessions of their own.
+
+    Its own children come first. Empty where there is no /proc.
+    """
+    children: Dict[int, List[int]] = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            state, parent = stat.read_text().rpartition(")")[2].split()[:2]
+        except OSError:
+            continue  # it has just ended
+        if state != "Z":
+            children.setdefault(int(parent), []).append(int(stat.parent.name))
+    found = children.get(pid, [])
+    for child in found:  # which grows
+        found += children.get(child, [])
+    return found
+
+
+def kill(pids: Iterable[int]) -> None:
+    """Kills processes; those that have ended by themselves are no mistake."""
+    for pid in pids:
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
 
 
 def first_answers(workers: Dict[str, Any], seconds: float) -> List[Tuple[str, Any]]:

@@ -3,8 +3,11 @@
 import functools
 import itertools
 import json
+import os
 import subprocess
 import sys
+import time
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +18,8 @@ from PIL import Image
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import measure, memory, parts, roofline, speed
+from benchmarks import gpu, measure, memory, parts, roofline, speed
+from benchmarks.workers import Worker, descendants, end, first_answers
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -103,6 +107,63 @@ def test_no_such_device():
     assert "no GPU here" in done.stderr
 
 
+def test_device_time_on_a_cpu_is_that_of_the_call():
+    seconds = measure.device_seconds(lambda: time.sleep(0.02), CPU, 3)
+    assert 0.02 <= seconds < 0.2
+
+
+def test_kernels_are_counted_and_sorted():
+    a = torch.randn(300, 300)
+    found = measure.kernels(lambda: torch.mm(a, a) + 1, CPU, 4)
+    runs = {name: count for name, _, count in found}
+    assert runs["aten::mm"] == runs["aten::add"] == 4
+    assert [seconds for _, seconds, _ in found] == sorted((seconds for _, seconds, _ in found), reverse=True)
+
+
+# --------------------------------------------------------------------------------------------------------- workers
+
+
+def test_a_worker_answers_and_keeps_its_variables():
+    worker = Worker()
+    worker.order(os.getpid)
+    assert first_answers({"a": worker}, 60) == [("a", worker)]
+    pid = worker.answer()
+    assert pid != os.getpid()
+    worker.order(os.getpid)
+    assert worker.answer() == pid
+    end([worker])
+    assert not worker.process.is_alive()
+
+
+def test_what_goes_wrong_in_a_worker_is_told():
+    worker = Worker()
+    worker.order(int, "seven")
+    with pytest.raises(RuntimeError, match="ValueError: invalid literal"):
+        worker.answer()
+    worker.order(os._exit, 3)
+    with pytest.raises(RuntimeError, match=r"its process died \(exit code 3\)"):
+        worker.answer()
+    worker.order(int, "7")  # is not heard
+    with pytest.raises(RuntimeError, match="its process died"):
+        worker.answer()
+
+
+def test_a_worker_at_work_is_killed_with_what_it_started(tmp_path):
+    worker = Worker()
+    command = f"import time; open(r'{tmp_path}/pid', 'w').write('here'); time.sleep(1000)"
+    worker.order(subprocess.run, [sys.executable, "-c", command])
+    while not (tmp_path / "pid").exists():
+        time.sleep(0.05)
+    assert first_answers({"a": worker}, 0.0) == []
+    child = descendants(worker.process.pid)[-1]
+    end([worker])
+    assert not worker.process.is_alive()
+    deadline = time.monotonic() + 5  # its new parent reaps it when it likes to; a zombie has no command line
+    while (line := Path(f"/proc/{child}/cmdline")).exists() and line.read_bytes() and time.monotonic() < deadline:
+        time.sleep(0.05)
+    assert not line.exists() or not line.read_bytes()
+
+
 # ----------------------------------------------------------------------------------------------------------- speed
 
 
@@ -171,6 +232,46 @@ def test_released_code_from_a_path(tmp_path):
     (tmp_path / "models.py").write_text("import torch\n")
     for path in (tmp_path, tmp_path / "models.py"):
         assert "no container_v1_light" in refused(speed, *words, "--released", path)
+
+
+def test_models_side_by_side_in_processes(tmp_path):
+    """Rows in the order of the entries, whichever is ready first; a graph is refused where there is no GPU."""
+    entries = ["container_light_nano:eager,compile,graph", "resnet10t"]
+    options = ["--batch-size", 2, "--img-size", 32, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--jobs", 2]
+    done = command("speed", *entries, *options, "--backend", "eager", "--budget", 120, "--out", tmp_path, code=1)
+    rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
+    assert [row["entry"].partition(":")[2] for row in rows] == ["eager", "compile", "graph", "eager"]
+    assert [len(row.get("seconds", [])) for row in rows] == [2, 2, 0, 2]
+    assert rows[2]["error"] == "ValueError: graph is for a GPU" and "3 of 4 rows measured" in done.stderr
+    assert rows[0]["faster"] == [1.0, 1.0]
+
+
+def test_a_budget_is_kept(tmp_path):
+    """Too short for anything: every row says so, and the command ends at once."""
+    start = time.perf_counter()
+    options = ["--img-size", 32, "--device", "cpu", "--jobs", 1, "--budget", 0.5, "--out", tmp_path]
+    done = command("speed", "container_light_nano", "resnet10t", *options, code=1)
+    assert done.stderr.count("not prepared in 0 s") == 2
+    assert time.perf_counter() - start < 60
+    assert all("error" in row for row in json.loads((tmp_path / "speed.json").read_text())["rows"])
+
+
+def test_an_entry_without_memory_costs_itself(monkeypatch, capsys):
+    real = speed.prepare
+
+    def prepare(entry, *arguments):
+        if "amp" in entry.settings:
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 80 GiB")
+        return real(entry, *arguments)
+
+    monkeypatch.setattr(speed, "prepare", prepare)
+    words = ["container_light_nano:eager,amp", "--img-size", "32", "--rounds", "1", "--seconds", "0", "--device", "cpu"]
+    with pytest.raises(SystemExit):
+        speed.main([*words, "--batch-size", "1"])
+    out = capsys.readouterr()
+    assert "| container_light_nano:amp   |              failed |" in out.out
+    assert "container_light_nano:amp, infer: OutOfMemoryError: CUDA out of memory" in out.err
+    assert "1 of 2 rows measured" in out.err
 
 
 def test_models_tied_to_a_size_follow_it():
@@ -272,15 +373,6 @@ def test_parts_command(tmp_path):
     assert json.loads((tmp_path / "parts.json").read_text())["rows"][0]["stage"] == 4
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
-def test_the_gpu_command_reads_well(tmp_path):
-    """Without a GPU every part of it gets as far as to say so, and all are named at the end."""
-    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh", tmp_path, tmp_path], capture_output=True, text=True)
-    assert done.returncode == 1 and done.stdout.count("no GPU here") == 8
-    assert "failed: infer latency train roofline-infer roofline-train parts-infer parts-train memory" in done.stderr
-
-
 def test_line_through_points():
     x, y = [1.0, 2.0, 4.0, 7.0], [3.0, 4.5, 9.5, 15.0]
     slope, intercept, r2 = memory.line(x, y)
@@ -310,3 +402,159 @@ def test_memory_is_linear_in_the_number_of_tokens():
     peaks = [memory.run(model, torch.randn(1, 3, s, s), True, 0)["peak_memory"] for s in (256, 512)]
     assert peaks[1] < 5 * peaks[0]  # four times the tokens
     assert peaks[1] < 2**30
+
+
+# ------------------------------------------------------------------------------------------------- kernels and CIFAR
+
+
+def test_kernels_command(tmp_path):
+    words = ["container_light_nano:amp", "--img-size", 32, "--batch-size", 2, "--steps", 2, "--device", "cpu"]
+    done = command("kernels", *words, "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    assert sum(kernel["ms"] for kernel in row["kernels"]) == pytest.approx(1e3 * row["busy"])
+    assert sum(kernel["share"] for kernel in row["kernels"]) == pytest.approx(1)
+    (attention,) = [k for k in row["kernels"] if k["name"] == "aten::_scaled_dot_product_flash_attention_for_cpu"]
+    assert attention["runs"] == 2  # blocks of the last stage
+    assert "container_light_nano:amp:" in done.stdout
+
+
+@pytest.fixture
+def images(tmp_path):
+    gpu.make_images(tmp_path / "images")
+    return tmp_path / "images"
+
+
+def test_cifar_repeats_itself_and_leaves_its_weights(images, tmp_path):
+    words = ["--data-dir", images, "--epochs", 2, "--batch-size", 64, "--device", "cpu", "--images", 128]
+    outs = []
+    for name, more in (("one", []), ("other", ["--compile", "eager"])):
+        command("cifar", *words, *more, "--out", tmp_path / name)
+        record = json.loads((tmp_path / name / "cifar.json").read_text())
+        outs.append([(entry["train_loss"], entry["top1"]) for entry in record["history"]])
+    assert np.allclose(outs[0], outs[1], rtol=1e-4) and len(outs[0]) == 2
+    path = tmp_path / "one" / "container_light_nano_32.safetensors"
+    model = timm.create_model("container_light_nano_32", num_classes=2, checkpoint_path=path).eval()
+    pixels = [np.asarray(Image.open(file)) for file in sorted((images / "test" / "bright").glob("*.png"))]
+    x = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
+    found = model(x / torch.tensor([0.229, 0.224, 0.225]).view(3, 1, 1)).argmax(1)
+    assert abs((found == 0).float().mean().item() * 100 - record["history"][-1]["top1"]) <= 50
+
+
+def test_cifar_measures_its_speed_and_forgets_it(images, tmp_path):
+    """Measuring how many epochs fit leaves weights and result as they would be without."""
+    words = ["--data-dir", images, "--batch-size", 64, "--device", "cpu", "--images", 128]
+    done = command("cifar", *words, "--seconds", 1, "--out", tmp_path / "timed")
+    assert "1 fit in 1 s" in done.stderr
+    command("cifar", *words, "--epochs", 1, "--out", tmp_path / "told")
+    one, other = (json.loads((tmp_path / name / "cifar.json").read_text())["history"] for name in ("timed", "told"))
+    assert one[0]["train_loss"] == pytest.approx(other[0]["train_loss"], rel=1e-5)
+
+
+# --------------------------------------------------------------------------------------- a quarter of an hour on a GPU
+
+
+def steps(*commands, seconds=30.0, least=0.0):
+    python = [[sys.executable, "-c", text] for text in commands]
+    return [gpu.Step(f"step{i}", seconds, least, [words]) for i, words in enumerate(python)]
+
+
+FAULTS = dict(
+    fails="raise SystemExit('a wrong flag')",
+    # It does not hear, and neither does what it has started in a session of its own.
+    hangs="""import signal, subprocess, sys, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+subprocess.Popen([sys.executable, '-c', 'import time; time.sleep(1000)'], start_new_session=True)
+print('begun', flush=True)
+time.sleep(1000)""",
+    memory="""import resource, torch
+resource.setrlimit(resource.RLIMIT_AS, (4 << 30, 4 << 30))
+torch.ones(8 << 30)""",
+    works="print('figures')",
+)
+
+
+def test_a_fault_costs_its_own_step_alone(tmp_path):
+    """One fails, one hangs, one asks for more memory than there is; what comes after them runs, and time is kept."""
+    # A process of its own: it kills whatever it has started.
+    plan = [gpu.Step(name, 8.0, 0.0, [[sys.executable, "-c", text]]) for name, text in FAULTS.items()]
+    plan.append(gpu.Step("late", 30.0, 29.0, [[sys.executable, "-c", "print('never')"]]))
+    (tmp_path / "plan.json").write_text(json.dumps(plan))
+    script = f"""import ctypes, json, os, pathlib
+from benchmarks import gpu
+ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
+out = pathlib.Path(r'{tmp_path}')
+plan = [gpu.Step(*step) for step in json.loads((out / 'plan.json').read_text())]
+gpu.run(plan, out, 30, dict(os.environ), False)
+assert not gpu.descendants(os.getpid())"""
+    start = time.perf_counter()
+    subprocess.run([sys.executable, "-c", script], cwd=ROOT, check=True)
+    assert time.perf_counter() - start < 30 + 5
+    found = json.loads((tmp_path / "summary.json").read_text())["steps"]
+    outcomes = {name: record["outcome"] for name, record in found.items()}
+    assert outcomes == dict(fails="failed", hangs="killed", memory="failed", works="done", late="left out")
+    assert found["fails"]["said"] == "a wrong flag" and found["hangs"]["said"] == "begun"
+    assert "can't allocate memory" in (tmp_path / "memory.log").read_text() and found["works"]["said"] == "figures"
+    assert 8 <= found["hangs"]["seconds"] < 8 + 5
+    assert "29 needed" in found["late"]["said"]
+
+
+def test_a_budget_that_is_over_ends_the_step_that_runs(tmp_path):
+    start = time.perf_counter()
+    gpu.run(steps("import time; time.sleep(1000)", seconds=900), tmp_path, 4.0, dict(os.environ), False)
+    assert 2 < time.perf_counter() - start < 4 + 5
+
+
+def test_a_second_call_goes_on(tmp_path):
+    """What is done is not repeated, unless asked for by name; what failed is."""
+    count = f"open(r'{tmp_path}/count', 'a').write('x')"
+    plan = steps(count, f"{count}; raise SystemExit(1)")
+    for again, expected in ((False, 2), (False, 3), (True, 5)):
+        gpu.run(plan, tmp_path, 60, dict(os.environ), again)
+        assert len((tmp_path / "count").read_text()) == expected
+
+
+def test_every_entry_of_the_plan_is_known(tmp_path):
+    """What the rehearsal replaces by smaller models is read here as the GPU will read it."""
+    plan = gpu.plan(tmp_path, 8, False, "models.py", "cifar10")
+    assert [step.name for step in plan] == list(gpu.STEPS)
+    entries = set()
+    for words in (words for step in plan for words in step.commands):
+        assert words[1] == "-m"
+        if words[2] in ("benchmarks.speed", "benchmarks.roofline", "benchmarks.kernels"):
+            end_of_entries = next(i for i, word in enumerate(words) if word.startswith("--"))
+            entries |= {entry.model for entry in speed.parse(words[3:end_of_entries])}
+    assert {"released", *gpu.OURS, *gpu.PEERS} == entries
+    assert all(timm.is_model(entry) for entry in entries - {"released"})
+    assert max(step.least for step in plan) <= 60 and sum(step.seconds for step in plan[:-1]) <= 480
+
+
+def test_without_data_or_the_release_the_plan_says_so(tmp_path):
+    plan = gpu.plan(tmp_path, 8, False, None, None)
+    assert not any("released" in word for step in plan for words in step.commands for word in words)
+    found = gpu.run(plan[-1:], tmp_path, 60, dict(os.environ), False)
+    assert found["cifar"] == dict(outcome="left out", seconds=0, said="needs --data")
+
+
+def test_what_is_missing_is_named(monkeypatch):
+    monkeypatch.setattr(gpu, "requires", lambda name: ["timm>=99", "no-such-package", "seldom; extra == 'docs'"])
+    found = gpu.check(True, "nowhere/models.py", None)
+    assert found["missing"] == [
+        f"timm>=99 (here is {timm.__version__})",
+        "no-such-package",
+        "--released nowhere/models.py",
+    ]
+
+    def absent(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr(gpu, "requires", absent)
+    assert "container-timm itself" in gpu.check(True, None, None)["missing"][0]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
+def test_without_a_gpu_the_command_ends_in_a_line(tmp_path):
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh", tmp_path], capture_output=True, text=True)
+    assert done.returncode == 1
+    assert done.stderr.splitlines()[-1] == "benchmarks: missing: a GPU that PyTorch can use; --rehearse needs none"
+    done = subprocess.run(["bash", ROOT / "benchmarks/gpu.sh"], capture_output=True, text=True)
+    assert done.returncode == 2 and done.stderr.startswith("A quarter of an hour on a GPU")

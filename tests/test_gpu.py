@@ -22,7 +22,7 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import container.fuse
 from benchmarks import measure
-from benchmarks.gpu import descendants
+from benchmarks.workers import descendants
 from container.training.plan import estimate
 
 pytestmark = pytest.mark.gpu
