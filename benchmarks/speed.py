@@ -518,8 +518,8 @@ def report(record: Dict[str, Any], work: str) -> str:
         lines.append(
             [
                 row["entry"],
-                f"{median:.1f}",
-                f"{min(low, high):.1f} - {max(low, high):.1f}",
+                _shown(work, median),
+                f"{_shown(work, min(low, high))} - {_shown(work, max(low, high))}",
                 f"{faster:.2f}",
                 "" if peak is None else f"{peak / 2**20:.0f}",
                 "" if difference is None else f"{difference:.0e}",
@@ -532,6 +532,10 @@ def report(record: Dict[str, Any], work: str) -> str:
 
 def _figure(row: Dict[str, Any], seconds: float) -> float:
     return seconds * 1e3 if row["work"] == "latency" else row["batch_size"] / seconds
+
+
+def _shown(work: str, figure: float) -> str:
+    return f"{figure:.{2 if work == 'latency' else 1 if figure < 1000 else 0}f}"
 
 
 def draw(record: Dict[str, Any], path: Path) -> None:
@@ -551,10 +555,10 @@ def draw(record: Dict[str, Any], path: Path) -> None:
         for i, row in enumerate(rows):
             low, median, high = sorted(_figure(row, s) for s in measure.spread(row["seconds"]))
             axis.barh(i, median, color=colors[row["model"]], xerr=[[median - low], [high - median]], capsize=2)
-            axis.text(high, i, f"  {median:.1f}", va="center", fontsize=8)
+            axis.text(high, i, f"  {_shown(work, median)}", va="center", fontsize=8)
         axis.set_yticks(range(len(rows)), [row["entry"] for row in rows], fontsize=8)
         axis.invert_yaxis()
-        axis.margins(x=0.12, y=0.01)
+        axis.margins(x=0.2, y=0.01)
         axis.set_xlabel(WORKS[work])
         axis.set_title("less is better" if work == "latency" else "more is better", fontsize=9)
     figure.suptitle(measure.device_name(record["environment"]), fontsize=9)

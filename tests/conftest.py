@@ -44,11 +44,13 @@ class Results:
         self.file, self.tests = file, {}
 
     def pytest_runtest_logreport(self, report) -> None:
-        test = self.tests.setdefault(report.nodeid, dict(outcome="passed", seconds=0.0))
+        test = self.tests.setdefault(report.nodeid, dict(outcome="not finished", seconds=0.0))
         test["seconds"] += report.duration
         test.update(report.user_properties)
         if report.outcome != "passed":
             test.update(outcome=report.outcome, message=str(report.longrepr).splitlines()[-1])
+        elif report.when == "call":
+            test["outcome"] = "passed"
         container.files.write_atomically(self.file, json.dumps(self.tests, indent=1).encode())
 
 
