@@ -318,9 +318,8 @@ def main(argv: Optional[List[str]] = None) -> None:
         "CONTAINER_TEST_DEVICE": "cpu" if args.rehearse else "cuda",
         "PYTHONUNBUFFERED": "1",
     }
-    ctypes.CDLL(None).prctl(
-        36, 1, 0, 0, 0
-    )  # PR_SET_CHILD_SUBREAPER: whoever loses its parent becomes ours, to be killed
+    if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: who loses its parent becomes ours, to be killed
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     steps = plan(out, args.minutes, args.rehearse, released, data)
     steps = [step for step in steps if not args.only or step.name in args.only]
     records = run(steps, out, 60 * args.minutes - (time.monotonic() - start), environment, bool(args.only))
