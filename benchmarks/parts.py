@@ -17,8 +17,6 @@ from timm.layers import LayerNorm2d
 from torch import Tensor, nn
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
-from container.fuse import ConvGELU
-
 from . import measure
 
 STAGES = ((64, 56, 8, 2), (128, 28, 8, 4), (320, 14, 4, 10), (512, 7, 4, 16))  # channels, side, MLP ratio, heads
@@ -29,7 +27,6 @@ LAST = torch.channels_last
 def mlp(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     """1x1 convolution C -> rC, exact GELU, 1x1 convolution back."""
     up, down = nn.Conv2d(dim, dim * ratio, 1), nn.Conv2d(dim * ratio, dim, 1)
-    one = ConvGELU(up)
 
     def linear(x: Tensor) -> Tensor:
         h = F.gelu(F.linear(x.permute(0, 2, 3, 1), up.weight.flatten(1), up.bias))
@@ -38,8 +35,6 @@ def mlp(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     return {
         "convolutions": lambda x: down(F.gelu(up(x))),
         "convolutions, channels_last": lambda x: down(F.gelu(up(x.contiguous(memory_format=LAST)))),
-        "GELU in the convolution": lambda x: down(one(x)),
-        "GELU in the convolution, channels_last": lambda x: down(one(x.contiguous(memory_format=LAST))),
         "linear layers, channels_last": lambda x: linear(x.contiguous(memory_format=LAST)),
         "no GELU at all (not the same answer)": lambda x: down(up(x)),
     }

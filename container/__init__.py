@@ -14,13 +14,14 @@ Shapes are written with these letters throughout:
     D       channels per head, D = C / M
 """
 
-from .affinity import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 from .container import Container
 
 __version__ = "0.1.0"
 
 __all__ = [
+    "Affinity",
     "Aggregation",
     "Block",
     "Container",

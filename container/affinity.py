@@ -1,25 +1,18 @@
 """Affinities: how tokens read tokens.
 
 An affinity is A in `Y = (alpha A(X) + beta A) V W + X`: per head, an N x N matrix whose row i holds the weights with
-which token i reads every token j. `dynamic` ones are computed from X, `static` ones are parameters. Each class has two
-views of the same matrix, and the tests hold every class to their equality:
-
-* `forward(x, v)` is A(x) v by the fastest kernel: two maps (B, C, H, W) in, one map out; N x N is never formed
-  except by a dense `TokenMatrix`, whose parameter it is.
-* `matrix(x)` is A(x) written out from its formula, (B or 1, M, N, N): for pictures and tests.
-
-`num_heads` is M, the number of distinct matrices. Channels are head-major: head m owns channels m D to (m + 1) D - 1.
-The letters B, C, H, W, N, M, D are defined in `container/__init__.py`.
+which token i reads every token j. `dynamic` ones are computed from X, `static` ones are parameters. `Affinity` is the
+contract of all of them. The letters B, C, H, W, N, M, D are defined in `container/__init__.py`.
 """
 
-from typing import Optional, Tuple, Union
+from typing import Optional, Tuple
 
 import torch
 import torch.nn.functional as F
 from timm.layers import _assert, resample_abs_pos_embed_nhwc, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
 
-__all__ = ["DepthwiseConv", "GlobalContext", "SelfAttention", "TokenMatrix"]
+__all__ = ["Affinity", "DepthwiseConv", "GlobalContext", "SelfAttention", "TokenMatrix"]
 
 
 def _check_heads(dim: int, num_heads: int) -> int:
@@ -33,7 +26,59 @@ def _check_heads(dim: int, num_heads: int) -> int:
     return dim // num_heads
 
 
-class SelfAttention(nn.Module):
+class Affinity(nn.Module):
+    """What every affinity is: two views of one matrix, to whose equality the tests hold each class.
+
+    * `forward(x, v)` is A(x) v + bias by the fastest kernel: two maps (B, C, H, W) in, one map out. N x N is never
+      formed, but by a dense `TokenMatrix`, whose parameter it is, and by attention that drops entries in training.
+    * `matrix(x)` is A(x) written out from its formula, (B or 1, M, N, N): for pictures and tests.
+
+    Channels are head-major: head m owns channels m D to (m + 1) D - 1.
+
+    A class of one's own needs these two and `num_heads`. It is rewritten for inference (`Block.fuse`) only as far as
+    it says how, by `readers` and `scale_`, beside its `forward` or below; what it does not say stays as it is.
+
+    Attributes:
+        num_heads: M, the number of distinct matrices.
+        bias: What `forward` adds to A(x) v, (C,); None for nothing.
+    """
+
+    __jit_unused_properties__ = ["bias"]
+
+    num_heads: int
+
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """None, but for a convolution."""
+        return None
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A(x) v + bias for the maps x and v, both (B, C, H, W)."""
+        raise NotImplementedError
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A(x), (B or 1, M, N, N), for a map x (B, C, H, W)."""
+        raise NotImplementedError
+
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """The 1x1 convolutions through which alone it reads x, so that an affine norm may move into them.
+
+        Empty if it does not read x; None if it reads x in another way.
+        """
+        return None
+
+    @torch.jit.ignore
+    def scale_(self, factor: float, bias: float) -> bool:
+        """Scales parameters in place, so that A becomes factor A and the bias becomes bias times itself.
+
+        Returns:
+            Whether it did: not where A is no parameter.
+        """
+        return False
+
+
+class SelfAttention(Affinity):
     """Dynamic affinity of self-attention: every token compares itself with every other.
 
     A(x)_m = softmax(Q_m K_m^T / sqrt(D)), with Q and K 1x1 projections of x. Rows sum to one.
@@ -71,15 +116,15 @@ class SelfAttention(nn.Module):
         self.qk = nn.Conv2d(dim, 2 * dim, 1, device=device, dtype=dtype)
         self.attn_drop = nn.Dropout(attn_drop)
 
-    def _tokens(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, M, N, D), D contiguous: what the fused kernels need, free for a channels_last map."""
-        x = x.flatten(2).transpose(1, 2).contiguous()
-        return x.reshape(x.shape[0], -1, self.num_heads, self.head_dim).transpose(1, 2)
-
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
         """A(x) v for the maps x and v, both (B, C, H, W)."""
-        q, k = self.qk(x).chunk(2, dim=1)
-        q, k, y = self._tokens(q), self._tokens(k), self._tokens(v)  # (B, M, N, D)
+        batch, _, height, width = v.shape
+        # The fused kernels need D contiguous: free for channels_last maps, which those of the network are.
+        qk = self.qk(x).flatten(2).transpose(1, 2).contiguous()  # (B, N, 2C)
+        qk = qk.reshape(batch, height * width, 2, self.num_heads, self.head_dim)
+        q, k = qk.permute(2, 0, 3, 1, 4).unbind(0)  # (B, M, N, D), views
+        y = v.flatten(2).transpose(1, 2).contiguous()
+        y = y.reshape(batch, height * width, self.num_heads, self.head_dim).transpose(1, 2)
         if self.fused_attn:
             y = F.scaled_dot_product_attention(q, k, y, dropout_p=self.attn_drop.p if self.training else 0.0)
         else:
@@ -92,8 +137,13 @@ class SelfAttention(nn.Module):
         q, k = self.qk(x).unflatten(1, (2, self.num_heads, self.head_dim)).flatten(4).unbind(1)  # (B, M, D, N)
         return torch.softmax(torch.einsum("bmdi,bmdj->bmij", q, k) / self.head_dim**0.5, dim=-1)
 
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """Q and K, one convolution."""
+        return (self.qk,)
 
-class DepthwiseConv(nn.Module):
+
+class DepthwiseConv(Affinity):
     """Static, local affinity of a depthwise convolution: one matrix per channel, shared by all positions.
 
     A_cij = w_c[p_j - p_i] where token j lies in the window around token i, else 0; p is a token's (row, column).
@@ -151,8 +201,29 @@ class DepthwiseConv(nn.Module):
         (dy, in_y), (dx, in_x) = tap(row), tap(col)
         return (self.conv.weight[:, 0, dy, dx] * (in_y & in_x))[None]
 
+    @property
+    def bias(self) -> Optional[Tensor]:
+        """The convolution's."""
+        return self.conv.bias
 
-class TokenMatrix(nn.Module):
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """None of them: x is not read."""
+        return ()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def scale_(self, factor: float, bias: float) -> bool:
+        """Scales kernels and bias."""
+        if type(self.conv) is not nn.Conv2d:  # what wraps a convolution may add to it
+            return False
+        self.conv.weight.mul_(factor)
+        if self.conv.bias is not None:
+            self.conv.bias.mul_(bias)
+        return True
+
+
+class TokenMatrix(Affinity):
     """Static, dense affinity: the token-mixing matrix itself is the parameter.
 
     A_m = L_m, or A_m = L_m R_m of rank r where N is so large that N x N parameters are too many.
@@ -214,15 +285,30 @@ class TokenMatrix(nn.Module):
         _assert(
             width == self.grid[1], f"{width} columns of tokens for a TokenMatrix of {self.grid[1]}: use set_input_size"
         )
-        y = v.reshape(batch, self.num_heads, self.head_dim, -1)  # (B, M, D, N)
+        tokens = height * width
+        # All images in one product: a matrix for each image would be copied for each.
+        y = v.reshape(batch, self.num_heads, self.head_dim, tokens).permute(1, 3, 0, 2)
+        y = y.reshape(self.num_heads, tokens, batch * self.head_dim)  # (M, N, B D)
         if self.right is not None:
-            y = y @ self.right.transpose(-2, -1)  # (B, M, D, r)
-        y = y @ self.left.transpose(-2, -1)
-        return y.reshape(v.shape)
+            y = self.right @ y  # (M, r, B D)
+        y = (self.left @ y).reshape(self.num_heads, tokens, batch, self.head_dim)
+        return y.permute(2, 0, 3, 1).reshape(v.shape)
 
     def matrix(self, x: Tensor) -> Tensor:
         """A, (1, M, N, N); x is not read."""
         return (self.left if self.right is None else torch.einsum("mir,mrj->mij", self.left, self.right))[None]
+
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """None of them: x is not read."""
+        return ()
+
+    @torch.jit.ignore
+    @torch.no_grad()
+    def scale_(self, factor: float, bias: float) -> bool:
+        """Scales the matrix, or its left factor."""
+        self.left.mul_(factor)
+        return True
 
     @torch.jit.ignore
     def resample(self, left: Tensor, right: Optional[Tensor], grid: Tuple[int, int]) -> Tuple[Tensor, Optional[Tensor]]:
@@ -272,7 +358,7 @@ class TokenMatrix(nn.Module):
         self.grid = grid
 
 
-class GlobalContext(nn.Module):
+class GlobalContext(Affinity):
     """Dynamic affinity of rank one: all tokens read one summary of the image, each as much as it wants.
 
     A(x)_ij = sigmoid(a_i) softmax(k)_j, with a and k two 1x1 projections of x to one channel.
@@ -307,5 +393,7 @@ class GlobalContext(nn.Module):
         a, k = self.query(x).flatten(2), self.key(x).flatten(2)  # (B, 1, N)
         return torch.einsum("bmi,bmj->bmij", torch.sigmoid(a), torch.softmax(k, dim=-1))
 
-
-Affinity = Union[SelfAttention, DepthwiseConv, TokenMatrix, GlobalContext]
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """The two projections."""
+        return self.query, self.key

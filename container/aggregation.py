@@ -6,6 +6,9 @@ from typing import Any, Dict, Optional, Tuple, Type
 import torch
 from timm.layers import DropPath, Mlp
 from torch import Tensor, nn
+from torchvision.ops.misc import FrozenBatchNorm2d
+
+from .affinity import Affinity
 
 __all__ = ["Aggregation", "Block", "ConvexGate", "FreeGate"]
 
@@ -90,8 +93,8 @@ class Aggregation(nn.Module):
     def __init__(
         self,
         dim: int,
-        dynamic: Optional[nn.Module] = None,
-        static: Optional[nn.Module] = None,
+        dynamic: Optional[Affinity] = None,
+        static: Optional[Affinity] = None,
         gate: Optional[nn.Module] = None,
         proj_drop: float = 0.0,
         device: Optional[torch.device] = None,
@@ -118,11 +121,14 @@ class Aggregation(nn.Module):
         if self.dynamic is not None and self.static is not None:
             if self.gate is not None:
                 alpha, beta = self.gate()
-                return alpha * self.dynamic(x, v) + beta * self.static(x, v)
+                y = self.dynamic(x, v)
+                # In the type of the maps: under autocast the scalars are float32, and would make the sum so.
+                return alpha.to(y.dtype) * y + beta.to(y.dtype) * self.static(x, v)
             return self.dynamic(x, v) + self.static(x, v)
         if self.dynamic is not None:
             return self.dynamic(x, v)
-        return self.static(x, v)  # type: ignore[misc]
+        assert self.static is not None
+        return self.static(x, v)
 
     def matrix(self, x: Tensor) -> Tensor:
         """alpha A(X) + beta A written out, (B or 1, M, N, N), for a map X (B, C, H, W).
@@ -130,8 +136,10 @@ class Aggregation(nn.Module):
         M is the smallest number of heads that holds both: C where one of them is a convolution.
         """
         if self.dynamic is None or self.static is None:
-            return (self.dynamic if self.static is None else self.static).matrix(x)  # type: ignore[union-attr, operator]
-        dynamic, static = self.dynamic.matrix(x), self.static.matrix(x)  # type: ignore[operator]
+            alone = self.dynamic if self.static is None else self.static
+            assert alone is not None
+            return alone.matrix(x)
+        dynamic, static = self.dynamic.matrix(x), self.static.matrix(x)
         heads = math.lcm(dynamic.shape[1], static.shape[1])
         alpha, beta = (1.0, 1.0) if self.gate is None else self.gate()
         return alpha * dynamic.repeat_interleave(heads // dynamic.shape[1], dim=1) + beta * static.repeat_interleave(
@@ -192,8 +200,110 @@ class Block(nn.Module):
         return x + self.drop_path2(self.mlp(self.norm2(x)))
 
     @torch.jit.ignore
-    def fuse(self) -> nn.Module:
-        """This block rewritten for inference, `container.fuse.FusedBlock`: what timm's `reparameterize_model` calls."""
-        from .fuse import FusedBlock
+    @torch.no_grad()
+    def fuse(self) -> "Block":
+        """Rewrites this block for inference, in place: what timm's `reparameterize_model` calls in its copy of a model.
 
-        return FusedBlock(self)
+        - A batch norm in front of 1x1 convolutions is theirs: W (s x + t) + b = (W s) x + (W t + b).
+        - The gate: alpha A(X) V + beta A V = A(X) V' + A' V' with V' = alpha V and A' = (beta / alpha) A.
+
+        What is more than its weight stays as it is: layers that are wrapped, subclassed, parametrized or quantized,
+        affinities that do not say how they may be rewritten, another module as aggregation, everything if there is a
+        hook in the block. So do norms that are not affine, and a gate whose alpha is 0.
+
+        Source: algebra; the released code does none of it.
+
+        Returns:
+            The block itself.
+
+        Raises:
+            ValueError: It is in training mode, where its statistics are those of a batch.
+        """
+        if self.training:
+            raise ValueError("a model in training mode has no fixed statistics to fuse: call eval() first")
+        if any(_is_hooked(module) for module in self.modules() if module is not self):
+            return self
+        if type(self.aggregation) is Aggregation:
+            readers = _readers(self.aggregation)
+            if readers is not None:
+                self.norm1 = _absorb(self.norm1, *readers)
+            _absorb_gate(self.aggregation)
+        if type(self.mlp) is Mlp:
+            self.norm2 = _absorb(self.norm2, self.mlp.fc1)
+        return self
+
+
+def _is_hooked(module: nn.Module) -> bool:
+    """Whether something looks at a module's input or output, or has taken its `forward` over."""
+    hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
+    return any(hooks) or "forward" in vars(module)
+
+
+def _says(affinity: nn.Module, name: str) -> bool:
+    """Whether a method is said of an affinity's own `forward`, not of one that a subclass has replaced."""
+    classes = type(affinity).__mro__
+
+    def place(method: str) -> int:
+        return next(i for i, kind in enumerate(classes) if method in vars(kind))
+
+    return isinstance(affinity, Affinity) and place(name) <= place("forward")
+
+
+def _readers(aggregation: Aggregation) -> Optional[Tuple[nn.Module, ...]]:
+    """The 1x1 convolutions through which alone an aggregation reads its input; None if there is another way."""
+    found: Tuple[nn.Module, ...] = (aggregation.value,)
+    for affinity in (aggregation.dynamic, aggregation.static):
+        if affinity is not None:
+            own = affinity.readers() if _says(affinity, "readers") else None
+            if own is None:
+                return None
+            found += own
+    return found
+
+
+def _affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
+    """(s, t) of a norm that is s x + t over channels, in double; None for another."""
+    if type(norm) not in (nn.BatchNorm2d, FrozenBatchNorm2d):
+        return None
+    stats: Any = norm
+    if stats.running_var is None or (norm.training and type(norm) is nn.BatchNorm2d):
+        return None  # it goes by the batch's own statistics
+    scale = (stats.running_var.double() + stats.eps).rsqrt()
+    scale = scale if stats.weight is None else scale * stats.weight.double()
+    shift = -stats.running_mean.double() * scale
+    return scale, shift if stats.bias is None else shift + stats.bias.double()
+
+
+def _absorb(norm: nn.Module, *layers: nn.Module) -> nn.Module:
+    """Moves a norm into the 1x1 convolutions that read it, all or none; returns what is left of it."""
+    affine = _affine(norm)
+    convolutions = [layer for layer in layers if type(layer) is nn.Conv2d]
+    if affine is None or len(convolutions) < len(layers):
+        return norm
+    if any(c.kernel_size != (1, 1) or c.groups > 1 or c.padding != (0, 0) or c.bias is None for c in convolutions):
+        return norm
+    scale, shift = affine
+    for convolution in convolutions:
+        matrix = convolution.weight.double().flatten(1)
+        assert convolution.bias is not None
+        convolution.bias.copy_(convolution.bias.double() + matrix @ shift)
+        convolution.weight.copy_((matrix * scale).view_as(convolution.weight))
+    return nn.Identity()
+
+
+def _absorb_gate(aggregation: Aggregation) -> None:
+    """Moves alpha and beta into V and into the static affinity, where that can be."""
+    dynamic, static, value = aggregation.dynamic, aggregation.static, aggregation.value
+    if aggregation.gate is None or dynamic is None or static is None or type(value) is not nn.Conv2d:
+        return
+    # A(x) v, and nothing else: so says what says how it reads x.
+    linear = _says(dynamic, "readers") and dynamic.readers() is not None and dynamic.bias is None
+    if not linear or not _says(static, "scale_"):
+        return
+    alpha, beta = (float(scalar.double()) for scalar in aggregation.gate())
+    if abs(alpha) < 1e-6 or not static.scale_(beta / alpha, beta):
+        return
+    value.weight.mul_(alpha)
+    if value.bias is not None:
+        value.bias.mul_(alpha)
+    aggregation.gate = None

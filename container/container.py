@@ -341,7 +341,11 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations."""
+        """Recomputes each block in the backward pass instead of keeping its activations.
+
+        Batch norms then see every batch twice and update their running statistics twice, as in every timm model;
+        gradients are those of a step without. Frozen norms are not concerned.
+        """
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
 

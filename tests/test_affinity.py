@@ -7,6 +7,7 @@ import torch
 import torch.nn.functional as F
 from conftest import randomize
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from container import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
 
@@ -39,8 +40,8 @@ def build(name, grid, batch=2):
 
 
 def read(affinity, x, v):
-    """A(x) v without a bias."""
-    return affinity(x, v) - affinity(x, torch.zeros_like(v))
+    """A(x) v without the bias."""
+    return affinity(x, v) if affinity.bias is None else affinity(x, v) - affinity.bias[:, None, None]
 
 
 def probe(affinity, x):
@@ -82,6 +83,72 @@ def test_gradients(name):
     x.requires_grad_()
     v = torch.randn_like(x, requires_grad=True)
     assert torch.autograd.gradcheck(lambda x, v: affinity(x, v), (x, v))
+
+
+@every
+@torch.no_grad()
+def test_no_image(name):
+    affinity, x = build(name, (3, 2), batch=0)
+    assert affinity(x, x).shape == (0, DIM, 3, 2)
+
+
+@every
+@torch.no_grad()
+def test_readers_are_all_that_reads_x(name):
+    """A scaling of x is undone in the weights of what the affinity says reads it."""
+    affinity, x = build(name, (4, 5))
+    v, expected = torch.randn_like(x), None
+    expected = affinity(x, v)
+    for layer in affinity.readers():
+        layer.weight.div_(3)
+    torch.testing.assert_close(affinity(3 * x, v), expected)
+
+
+@every
+@torch.no_grad()
+def test_scaled(name):
+    affinity, x = build(name, (4, 5))
+    v, matrix, bias = torch.randn_like(x), affinity.matrix(x).clone(), affinity.bias
+    bias = None if bias is None else bias.clone()
+    product = read(affinity, x, v)
+    if affinity.scale_(-2.5, 7.0):
+        torch.testing.assert_close(affinity.matrix(x), -2.5 * matrix)
+        torch.testing.assert_close(read(affinity, x, v), -2.5 * product)
+        assert bias is None or torch.equal(affinity.bias, 7.0 * bias)
+    else:
+        assert isinstance(affinity, (SelfAttention, GlobalContext))  # computed, and no parameter
+        assert torch.equal(affinity.matrix(x), matrix)
+
+
+class Allocations(TorchDispatchMode):
+    """Notes the largest tensor that is made, and how many are copied."""
+
+    largest, clones = 0, 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and not func.is_view:
+            self.largest = max(self.largest, out.numel())
+            self.clones += "clone" in str(func) or "copy" in str(func)
+        return out
+
+
+@pytest.mark.parametrize("rank", [None, 8])
+@torch.no_grad()
+def test_a_matrix_is_not_copied_for_each_image(rank):
+    affinity, v = TokenMatrix(DIM, 4, (14, 14), rank), torch.randn(16, DIM, 14, 14)
+    with Allocations() as seen:
+        affinity(v, v)
+    assert seen.largest <= max(v.numel(), 16 * 8 * DIM)  # a matrix for each image would be 16 * 4 * 196 * 196
+
+
+@torch.no_grad()
+def test_attention_does_not_copy_channels_last_maps():
+    affinity = SelfAttention(DIM, 2).to(memory_format=torch.channels_last)
+    x, v = (torch.randn(2, DIM, 8, 8).to(memory_format=torch.channels_last) for _ in range(2))
+    with Allocations() as seen:
+        affinity(x, v)
+    assert seen.clones == 0
 
 
 @cases

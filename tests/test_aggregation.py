@@ -92,6 +92,16 @@ def test_gate_scales_the_bias_of_a_convolution():
     torch.testing.assert_close(aggregation(x) - before, expected.expand_as(x))
 
 
+@pytest.mark.parametrize("name", ["light", "container"])
+@torch.no_grad()
+def test_gated_sum_is_in_the_type_of_autocast(name):
+    """The scalars are float32 parameters; a map of theirs would be twice as large."""
+    aggregation, x = build(name)
+    aggregation, x = aggregation.float(), x.float()
+    with torch.autocast("cpu", torch.bfloat16):
+        assert aggregation.mix(x, aggregation.value(x)).dtype == torch.bfloat16
+
+
 @torch.no_grad()
 def test_block_is_the_sum_of_its_residuals():
     aggregation, x = build("light")

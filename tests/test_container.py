@@ -19,7 +19,7 @@ from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
-from container import Aggregation, Container, SelfAttention
+from container import Aggregation, Block, Container, SelfAttention
 from container.container import checkpoint_filter_fn
 from container.weights import from_released
 
@@ -315,16 +315,24 @@ def test_weight_decay_exempts_what_the_release_exempts():
 
 
 @pytest.mark.parametrize("features_only", [False, True])
-def test_grad_checkpointing_changes_nothing(features_only):
+def test_grad_checkpointing_computes_blocks_twice_and_gradients_once(features_only):
+    """Blocks run again in the backward pass, and so do their batch norms, whose statistics move twice, as is said."""
     grads = []
     x = images(2, 3, 64, 64)
     for enable in (False, True):
         torch.manual_seed(0)
         model = timm.create_model("container_nano", features_only=features_only, drop_path_rate=0.0).train()
         model.set_grad_checkpointing(enable)
+        runs, blocks = [], [module for module in model.modules() if isinstance(module, Block)]
+        for block in blocks:
+            block.register_forward_pre_hook(lambda block, inputs, runs=runs: runs.append(block))
         y = model(x)
         (sum(f.square().mean() for f in y) if features_only else y.square().mean()).backward()
         grads.append([p.grad for p in model.parameters()])
+        counts = [runs.count(block) for block in blocks]
+        twice = blocks if not features_only else blocks[:-2]  # timm's wrapper keeps what its last module computes
+        assert counts == [1 + (enable and block in twice) for block in blocks] and len(blocks) == 13
+        assert [int(block.norm1.num_batches_tracked) for block in blocks] == counts
     for a, b in zip(*grads, strict=True):
         torch.testing.assert_close(a, b)
 
