@@ -15,7 +15,7 @@ import threading
 import time
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence
 
 from .workers import descendants, kill
 
@@ -41,24 +41,24 @@ class Step(NamedTuple):
     commands: List[List[str]]
 
 
-def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], data: Optional[str]) -> List[Step]:
-    """The steps, in order of worth.
+def plan(
+    out: Path,
+    seconds: float,
+    rehearse: bool,
+    released: Optional[str],
+    data: Optional[str],
+    names: Sequence[str] = STEPS,
+) -> List[Step]:
+    """Steps of those names, in order of worth.
 
     Args:
         out: Where they write.
-        minutes: For everything; limits are those of 8 minutes, longer or shorter in proportion.
+        seconds: For all of them, of which each gets its share.
         rehearse: With small models and tiny sizes, on the CPU, and without compilers, which take minutes there.
         released: The authors' models.py.
         data: CIFAR-10.
+        names: Which.
     """
-    scale = minutes / 8
-    limit = {
-        "tests": 110 * scale,
-        "infer": 115 * scale,
-        "train": 150 * scale,
-        "latency": 50 * scale,
-        "roofline": 55 * scale,
-    }
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
@@ -69,13 +69,18 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
         train += ["released:amp", "released:amp+channels_last+compile"]
         latency += ["released:amp"]
 
+    def small(entries: List[str]) -> List[str]:
+        if not rehearse:
+            return entries
+        pairs = [entry.partition(":") for entry in entries if not entry.startswith("released") and graph not in entry]
+        return list(dict.fromkeys(f"{STAND_INS[name]}:{settings}" for name, _, settings in pairs))
+
     def command(module: str, *words: object) -> List[str]:
         return [sys.executable, "-m", module, *map(str, words)]
 
-    def sized(batch: int) -> List[object]:
-        if rehearse:
-            return ["--batch-size", 2, "--img-size", 32, "--device", "cpu", "--out", out]
-        return ["--batch-size", batch, "--device", "cuda", "--out", out]
+    def measured(module: str, batch: int, *words: object) -> List[str]:
+        where = ["--device", "cpu" if rehearse else "cuda", "--out", out]
+        return command(f"benchmarks.{module}", *words, "--batch-size", 2 if rehearse else batch, *where)
 
     def speed(work: str, entries: List[str], batch: int, jobs: int) -> List[str]:
         turns: List[object] = ["--rounds", 7, "--seconds", 0.25, "--jobs", jobs]
@@ -83,54 +88,40 @@ def plan(out: Path, minutes: float, rehearse: bool, released: Optional[str], dat
             turns = ["--rounds", 1, "--seconds", 0, "--jobs", 2, "--backend", "aot_eager"]
         source = ["--released", released] if released and not rehearse else []
         rest = ["--budget", "{left}", "--work", work, "--name", work]
-        return command("benchmarks.speed", *small(entries), *sized(batch), *turns, *source, *rest)
+        return measured("speed", batch, *small(entries), *size, *turns, *source, *rest)
 
-    def small(entries: List[str]) -> List[str]:
-        if not rehearse:
-            return entries
-        pairs = [entry.partition(":") for entry in entries if not entry.startswith("released") and graph not in entry]
-        return list(dict.fromkeys(f"{STAND_INS[name]}:{settings}" for name, _, settings in pairs))
-
+    size: List[object] = ["--img-size", 32] if rehearse else []
     light, trained = small([ours[0]])[0], small(["container_light:amp+channels_last"])[0]
-    rounds = ["--rounds", 1, "--seconds", 0] if rehearse else ["--rounds", 3, "--seconds", 0.2]
-
-    def parts(batch: int, *words: object) -> List[str]:
-        of: List[object] = ["--stages", 4] if rehearse else ["--dtype", "bfloat16"]
-        sizes = [word for word in sized(batch) if word not in ("--img-size", 32)]
-        return command("benchmarks.parts", *sizes, *of, "--rounds", 1, "--seconds", 0, *words)
-
+    rounds: List[object] = ["--rounds", 1, "--seconds", 0] if rehearse else ["--rounds", 3, "--seconds", 0.2]
+    parts: List[object] = ["--rounds", 1, "--seconds", 0, *(["--stages", 4] if rehearse else ["--dtype", "bfloat16"])]
     pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
-    cifar: List[object] = ["--data-dir", data, "--out", out, "--seconds", "{left}"]
-    cifar += ["--images", 256, "--batch-size", 64, "--epochs", 1, "--device", "cpu"] if rehearse else []
+    cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 256, "--epochs", 1] if rehearse else [])]
+    commands = dict(
+        tests=[command("pytest", *pytest)],
+        infer=[speed("infer", infer, 256, 8)],
+        train=[
+            measured("kernels", 128, trained, *size, "--steps", 2 if rehearse else 20),
+            speed("train", train, 128, 5),
+        ],
+        latency=[speed("latency", latency, 1, 16)],
+        roofline=[
+            measured("roofline", 256, light, *size, *rounds, "--name", "roofline-infer"),
+            measured("roofline", 128, trained, *size, *rounds, "--work", "train", "--name", "roofline-train"),
+            measured("parts", 256, *parts, "--name", "parts-infer"),
+            measured("parts", 128, *parts, "--backward", "--name", "parts-train"),
+        ],
+        cifar=[measured("cifar", 256, *cifar)] if data else [],
+    )
+    # Seconds of an H100 with 16 cores, of which compilers take the most; the last step takes what is left.
+    share = dict(tests=110, infer=115, train=150, latency=50, roofline=55)
+    least = dict(tests=60, infer=60, train=60, latency=30, roofline=25, cifar=45)
+    scale = seconds / max(1, sum(share.get(name, 0) for name in names))
     return [
-        Step("tests", limit["tests"], 60 * scale, [command("pytest", *pytest)]),
-        Step("infer", limit["infer"], 60 * scale, [speed("infer", infer, 256, 8)]),
-        Step(
-            "train",
-            limit["train"],
-            60 * scale,
-            [
-                command("benchmarks.kernels", trained, *sized(128), "--steps", 2 if rehearse else 20),
-                speed("train", train, 128, 5),
-            ],
-        ),
-        Step("latency", limit["latency"], 30 * scale, [speed("latency", latency, 1, 16)]),
-        Step(
-            "roofline",
-            limit["roofline"],
-            25 * scale,
-            [
-                command("benchmarks.roofline", light, *sized(256), *rounds, "--name", "roofline-infer"),
-                command(
-                    "benchmarks.roofline", trained, *sized(128), *rounds, "--work", "train", "--name", "roofline-train"
-                ),
-                parts(256, "--name", "parts-infer"),
-                parts(128, "--name", "parts-train", "--backward"),
-            ],
-        ),
-        Step("cifar", 3600, 45 * scale, [command("benchmarks.cifar", *cifar)] if data else []),
+        Step(name, scale * share.get(name, seconds / scale), min(1.0, scale) * least[name], commands[name])
+        for name in STEPS
+        if name in names
     ]
 
 
@@ -222,25 +213,22 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
     return dict(outcome=outcome, code=code, seconds=round(time.perf_counter() - start, 1), said=said)
 
 
-def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str], again: bool) -> Dict[str, Any]:
+def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str]) -> Dict[str, Any]:
     """Runs steps until the time is over, and writes `summary.json` after each.
 
     Args:
         steps: In order of worth.
-        out: Where `summary.json` and the logs go. Steps that are done in it already are not repeated.
+        out: Where `summary.json` and the logs go.
         seconds: For all of them.
         environment: Of the commands.
-        again: Repeat also what is done.
+
+    Returns:
+        What became of every step in `summary.json`, those of calls before included.
     """
     end = time.monotonic() + seconds
-    file = out / "summary.json"
-    before: Dict[str, Any] = json.loads(file.read_text())["steps"] if file.is_file() else {}
-    records = dict(before)
+    records = summary(out)
     for step in steps:
         left = end - time.monotonic()
-        if not again and before.get(step.name, {}).get("outcome") == "done":
-            print(f"== {step.name}: done before", flush=True)
-            continue
         if not step.commands:
             records[step.name] = dict(outcome="left out", seconds=0, said="needs --data")
             continue
@@ -262,6 +250,18 @@ def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str
         write(out, records)
     write(out, records)
     return records
+
+
+def summary(out: Path) -> Dict[str, Any]:
+    """What calls before have left in `summary.json`, by step."""
+    file = out / "summary.json"
+    return json.loads(file.read_text())["steps"] if file.is_file() else {}
+
+
+def left_to_do(out: Path, only: Optional[Sequence[str]]) -> List[str]:
+    """The steps asked for by name, or all that are not done."""
+    before = summary(out)
+    return [name for name in STEPS if (name in only if only else before.get(name, {}).get("outcome") != "done")]
 
 
 def make_images(folder: Path) -> None:
@@ -320,11 +320,11 @@ def main(argv: Optional[List[str]] = None) -> None:
     }
     if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: who loses its parent becomes ours, to be killed
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
-    steps = plan(out, args.minutes, args.rehearse, released, data)
-    steps = [step for step in steps if not args.only or step.name in args.only]
-    records = run(steps, out, 60 * args.minutes - (time.monotonic() - start), environment, bool(args.only))
+    seconds = 60 * args.minutes - (time.monotonic() - start)
+    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only))
+    records = run(steps, out, seconds, environment)
     print(f"\n== after {time.monotonic() - start:.0f} s")
-    for name, record in records.items():
+    for name, record in sorted(records.items(), key=lambda item: STEPS.index(item[0])):
         print(f"{name:10} {record['outcome']:9} {record['seconds']:6.1f} s   {record['said'][:110]}")
     if any(records[step.name]["outcome"] != "done" for step in steps):
         raise SystemExit(1)
