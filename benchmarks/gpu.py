@@ -15,7 +15,7 @@ import threading
 import time
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence
+from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
 
 from .workers import descendants, kill
 
@@ -165,10 +165,10 @@ def check(rehearse: bool, released: Optional[str], data: Optional[str]) -> Dict[
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def kill_descendants() -> None:
-    """Ends everything that this process has started and that still runs."""
+def kill_descendants(spared: Set[int]) -> None:
+    """Ends everything that this process has started and that still runs, but for those."""
     for _ in range(50):
-        left = descendants(os.getpid())
+        left = set(descendants(os.getpid())) - spared
         if not left:
             return
         kill(left)
@@ -182,6 +182,7 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
         `outcome` (done, failed, killed), `seconds`, and the last line that it printed.
     """
     start, said = time.perf_counter(), ""
+    before = set(descendants(os.getpid()))
     with open(log, "a") as file:
         file.write(f"$ {' '.join(command)}\n")
         process = subprocess.Popen(
@@ -204,7 +205,7 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
             code: Optional[int] = process.wait(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:
             code = None
-        kill_descendants()
+        kill_descendants(before)
         process.wait()
         reader.join(timeout=2)
         if process.stdout is not None and not reader.is_alive():

@@ -325,18 +325,18 @@ WRAPPERS = dict(
     hook=hooked,
     forward=rerouted,
 )
-LAYERS = ["mlp.fc1", "mlp.fc2", "aggregation.value", "aggregation.proj", "aggregation.dynamic.qk", "norm1"]
-LAYERS += ["aggregation.static.conv", "pos_conv"]
+DENSE = ["mlp.fc1", "mlp.fc2", "aggregation.value", "aggregation.proj", "aggregation.dynamic.qk"]
+DEPTHWISE = ["aggregation.static.conv", "pos_conv"]
+LAYERS = [
+    ("norm1", ("hook", "forward")),
+    *((name, [wrapper for wrapper in WRAPPERS if wrapper != "adapter"]) for name in DEPTHWISE),
+    *((name, WRAPPERS) for name in DENSE),
+]
 
 
-@pytest.mark.parametrize("layer", LAYERS)
-@pytest.mark.parametrize("wrapper", WRAPPERS)
+@pytest.mark.parametrize(("layer", "wrapper"), [(layer, one) for layer, wrappers in LAYERS for one in wrappers])
 @torch.no_grad()
-def test_layers_that_are_more_than_their_weight(wrapper, layer):
-    if (layer == "norm1" and wrapper not in ("hook", "forward")) or (
-        wrapper == "adapter" and layer in ("pos_conv", "aggregation.static.conv")
-    ):
-        pytest.skip("is made for dense layers")
+def test_layers_that_are_more_than_their_weight(layer, wrapper):
     unfused = model("container_nano", depths=(1, 1, 1, 1))
     for stage in unfused.stages:
         parent, _, name = f"blocks.0.{layer}".rpartition(".")
