@@ -97,7 +97,7 @@ def plan(
     pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
-    cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 256, "--epochs", 1] if rehearse else [])]
+    cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 64, "--epochs", 1] if rehearse else [])]
     commands = dict(
         tests=[command("pytest", *pytest)],
         infer=[speed("infer", infer, 256, 8)],
