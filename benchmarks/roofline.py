@@ -77,8 +77,7 @@ def _part(func: Any, args: Tuple) -> str:
     if "convolution" in name:
         weight = tensors[2 if backward else 1]
         depthwise = "depthwise " if weight.shape[1] == 1 and weight.shape[0] > 1 else ""
-        gelu = " + GELU" if "gelu" in [a for a in args if isinstance(a, str)] else ""
-        name = f"convolution {depthwise}{weight.shape[-2]}x{weight.shape[-1]}{gelu}{backward}"
+        name = f"convolution {depthwise}{weight.shape[-2]}x{weight.shape[-1]}{backward}"
     elif "attention" in name:
         return f"attention{backward}"
     maps = [t for t in tensors if t.ndim == 4]
