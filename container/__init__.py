@@ -14,6 +14,7 @@ Shapes are written with these letters throughout:
     D       channels per head, D = C / M
 """
 
+from . import weights  # verifies what `pretrained=True` loads
 from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 from .container import Container
@@ -31,4 +32,5 @@ __all__ = [
     "GlobalContext",
     "SelfAttention",
     "TokenMatrix",
+    "weights",
 ]

@@ -4,7 +4,8 @@ container list                       the family
 container weights list               the weights, and which of them are here
 container weights show NAME          a record
 container weights verify [NAME]      files that are here, against their records
-container weights import FILE --as NAME [--out FILE] [--ema]
+container weights fetch NAME [--yes]
+container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT] [--license ID] [--data TEXT]
 container weights export NAME FOLDER
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
@@ -16,12 +17,12 @@ import json
 import os
 import runpy
 import sys
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
-from . import weights, zoo
+from . import figures, weights, zoo
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Runs a command.
 
     Args:
@@ -41,11 +42,11 @@ def main(argv: Optional[List[str]] = None) -> None:
             args.command(args)
         except KeyError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
-        except (OSError, RuntimeError, ValueError) as error:
+        except (ImportError, OSError, RuntimeError, ValueError) as error:
             raise SystemExit(f"container: {error}") from None
 
 
-def run(argv: List[str]) -> None:
+def run(argv: list[str]) -> None:
     """Runs a script as `python SCRIPT ...` would, with the models registered.
 
     Args:
@@ -92,11 +93,18 @@ def _parser() -> argparse.ArgumentParser:
     verify = group.add_parser("verify", help="files that are here, against their records")
     verify.add_argument("name", metavar="NAME", nargs="?")
     verify.set_defaults(command=_verify)
+    fetch = group.add_parser("fetch", help="a file that lies on a share, converted, checked and pinned")
+    fetch.add_argument("name", metavar="NAME")
+    fetch.add_argument("--yes", action="store_true", help="do not ask")
+    fetch.set_defaults(command=_fetch)
     convert = group.add_parser("import", help="a checkpoint to safetensors in our layout, with a record")
     convert.add_argument("file", metavar="FILE")
     convert.add_argument("--as", dest="name", metavar="NAME", required=True, help="architecture.tag")
-    convert.add_argument("--out", help="file to write; NAME.safetensors here if not given")
+    convert.add_argument("--out", help="file to write, if not where `timm.create_model(NAME)` finds it")
     convert.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights, where there are both")
+    convert.add_argument("--trained-by", metavar="TEXT", help="for the record: whose weights they are")
+    convert.add_argument("--license", metavar="ID", help="for the record: such as apache-2.0")
+    convert.add_argument("--data", metavar="TEXT", help="for the record: what they were trained on")
     convert.set_defaults(command=_import)
     export = group.add_parser("export", help="a folder for local-dir: and the Hugging Face Hub")
     export.add_argument("name", metavar="NAME")
@@ -108,19 +116,17 @@ def _parser() -> argparse.ArgumentParser:
 def _figures(args: argparse.Namespace) -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("container: pictures need matplotlib: pip install matplotlib")
-    from . import figures
-
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
 
 
 def _list(args: argparse.Namespace) -> None:
-    rows: List[Tuple[str, ...]] = [("weights", "status", "licence", "MB", "top-1 %", "data", "measured by", "here")]
-    for name, record in weights.manifest().items():
-        if (file := record["file"]) is None:
-            continue
-        result: Dict[str, Any] = next((r for r in record["results"] if r["metric"] == "top1"), {})
+    rows: list[tuple[str, ...]] = [("weights", "status", "licence", "MB", "top-1 %", "data", "measured by", "here")]
+    for name in weights.names():
+        record = weights.record(name)
+        file = record["file"]
+        result: dict[str, Any] = next((r for r in record["results"] if r["metric"] == "top1"), {})
         size = f"{file['bytes'] / 1e6:.1f}" if file["bytes"] else "?"
         rows.append(
             (
@@ -138,18 +144,16 @@ def _list(args: argparse.Namespace) -> None:
 
 
 def _show(args: argparse.Namespace) -> None:
-    print(json.dumps(weights.manifest()[args.name], indent=2, ensure_ascii=False))
+    print(json.dumps(weights.record(args.name), indent=2, ensure_ascii=False))
     print(f"here: {weights.find(args.name) or 'no'}")
 
 
 def _verify(args: argparse.Namespace) -> None:
-    names = [args.name] if args.name else [name for name, record in weights.manifest().items() if record["file"]]
     failed = False
-    for name in names:
+    for name in [args.name] if args.name else weights.names():
         try:
             path, digest = zoo.verify(name)
-            kind = "whole" if weights.manifest()[name]["file"]["sha256"] else "of the right layout, but unverified"
-            print(f"{name}: {kind}, sha256 {digest}, {path}")
+            print(f"{name}: whole, sha256 {digest}, {path}")
         except FileNotFoundError as error:
             print(f"{name}: {error}")
             failed |= args.name is not None
@@ -160,11 +164,29 @@ def _verify(args: argparse.Namespace) -> None:
         raise SystemExit(1)
 
 
+def _fetch(args: argparse.Namespace) -> None:
+    record = weights.record(args.name)
+    if weights.find(args.name) is None and not record["file"]["packaged"]:
+        print(f"{args.name}: weights of {record['trained_by']}, {weights.manifest()[args.name]['file']['url']}")
+        print(f"Licence: {record['license']['stated']}\n{record['limits']}")
+        print(
+            f"It becomes {args.name}.safetensors in {weights.weights_dir()}. No file of another sha256 is taken later."
+        )
+        if not args.yes:
+            print("Download it? [y/N] ", end="", flush=True)
+            if sys.stdin.readline().strip().lower() not in ("y", "yes"):
+                raise SystemExit("container: not downloaded")
+    print(f"{zoo.fetch(args.name)}\ntimm.create_model({args.name!r}, pretrained=True) loads it")
+
+
 def _import(args: argparse.Namespace) -> None:
-    out = args.out or f"{args.name}.safetensors"
-    _, record = zoo.convert(args.file, args.name, out, args.ema)
-    print(json.dumps({args.name: record}, indent=2, ensure_ascii=False))
-    print(f"sha256 {record['file']['sha256']}, {out}", file=sys.stderr)
+    told = dict(trained_by=args.trained_by, license=args.license, data=args.data)
+    path, record = zoo.convert(args.file, args.name, args.out, args.ema, **told)
+    print(json.dumps(dict(weights={args.name: record}), indent=2, ensure_ascii=False))
+    place = weights.weights_dir()
+    if path.parent.resolve() != place.resolve() or path.stem != args.name:
+        print(f"put {path} and {path.with_suffix('.json')} into {place}, as {args.name}.*, and", file=sys.stderr)
+    print(f"timm.create_model({args.name!r}, pretrained=True) loads {path}", file=sys.stderr)
 
 
 def _export(args: argparse.Namespace) -> None:

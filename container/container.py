@@ -6,11 +6,14 @@ Released code (one model, CONTAINER-LIGHT): https://github.com/allenai/container
 Written from the paper's formulas and the released layout of weights; no code is taken from the release.
 """
 
+import os
+import re
 from functools import partial
 from typing import Any, Callable, Dict, List, Optional, Sequence, Set, Tuple, Type, TypeVar, Union
 
 import torch
 import torch.nn.functional as F
+from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     LayerNorm2d,
@@ -33,7 +36,6 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from . import weights
 from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 
@@ -474,18 +476,68 @@ def _grid(img_size: Union[int, Tuple[int, int]], strides: Sequence[int]) -> Tupl
     return height, width
 
 
+# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
+# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
+_RELEASED_NAMES = (
+    (r"^patch_embed1\.", "stem."),
+    *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
+    (r"^(blocks[123]\.\d+)\.attn\.", r"\1.aggregation.static.conv."),
+    (r"^(blocks4\.\d+)\.conv\.", r"\1.aggregation.static.conv."),
+    *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
+    (r"\.pos_embed\.", ".pos_conv."),
+    (r"\.conv1\.", ".aggregation.value."),
+    (r"\.conv2\.", ".aggregation.proj."),
+    (r"\.sa_weight$", ".aggregation.gate.logit"),
+    (r"^head\.", "head.fc."),
+)
+
+
+def is_released(state_dict: Dict[str, Any]) -> bool:
+    """Whether a state dict is in the layout of the authors' release."""
+    return any(key.startswith("patch_embed1.") for key in state_dict)
+
+
+def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
+    """The released layout of CONTAINER-LIGHT in our names.
+
+    Args:
+        state_dict: The weights under `model` in the released file.
+
+    Returns:
+        The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
+
+    Raises:
+        ValueError: It is not the released layout; keys that are foreign to it are left for the model to refuse.
+    """
+    renamed: Dict[str, Tensor] = {}
+    for key, tensor in state_dict.items():
+        old, mixed = key, key.partition(".conv1.")[0] + ".sa_weight" in state_dict
+        for pattern, name in _RELEASED_NAMES:
+            key = re.sub(pattern, name, key)
+        if mixed and ".aggregation.value." in key:
+            if not tensor.ndim or len(tensor) % 3:
+                raise ValueError(f"checkpoint is not in the released layout: {old} of shape {tuple(tensor.shape)}")
+            q, k, tensor = tensor.chunk(3)
+            renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
+        if key in renamed:
+            raise ValueError(f"checkpoint is not in the released layout: {old} and another key are both {key}")
+        renamed[key] = tensor
+    return renamed
+
+
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """Makes a checkpoint fit a model, or refuses it before anything is loaded.
 
-    Takes our own layout and the released one, bare or under `state_dict` / `model`, with a classifier and image
-    channels of any number (timm adapts those); token matrices are resampled to the model's grids.
+    Takes our own layout and the released one, bare or under `state_dict` / `model`, with image channels of any number
+    (timm adapts them); token matrices are resampled to the model's grids. A classifier as wide as the model's is kept,
+    and one of another width is left out where the model was asked for other classes than its pretrained cfg has.
 
     Args:
         state_dict: The checkpoint.
         model: The model to load it into.
 
     Returns:
-        A state dict in the model's own names and shapes, but for the first convolution and the classifier.
+        A state dict in the model's own names and shapes, but for the first convolution and a classifier left out.
 
     Raises:
         ValueError: Keys are missing or left over, or shapes differ.
@@ -494,8 +546,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
     state_dict = clean_state_dict(state_dict)  # the prefixes of DDP and torch.compile
-    if weights.is_released(state_dict):
-        state_dict = weights.from_released(state_dict)
+    if is_released(state_dict):
+        state_dict = from_released(state_dict)
 
     for name, module in model.named_modules():
         left, right = f"{name}.left", f"{name}.right"
@@ -510,20 +562,23 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
             }
 
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
-    head = ("head.fc.weight", "head.fc.bias")  # may be missing on either side
-    head_is_dropped = model.num_classes != cfg.get("num_classes", model.num_classes)  # by timm, after this
+    head: Tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
+    if head[0] in state_dict and state_dict[head[0]].shape[:1] == (model.num_classes,):
+        cfg["num_classes"] = model.num_classes  # what the file has: timm drops a classifier of which the cfg is silent
+    if model.num_classes == cfg.get("num_classes", model.num_classes):
+        head = ()  # has to be there, and to fit
 
     def shape(key: str, tensor: Tensor) -> Tuple[int, ...]:
         return tuple(tensor.shape[i] for i in range(tensor.ndim) if key != "stem.proj.weight" or i != 1)
 
     problems = {
-        "missing": [key for key in own if key not in state_dict and key not in head],
-        "unexpected": [key for key in state_dict if key not in own and key not in head],
+        # Frozen norms are saved without their count of batches, which torch fills in.
+        "missing": [k for k in own if not (k in state_dict or k in head or k.endswith(".num_batches_tracked"))],
+        "unexpected": [k for k in state_dict if not (k in own or k in head)],
         "of another shape": [
-            f"{key} {tuple(state_dict[key].shape)} for {tuple(own[key].shape)}"
-            for key in own
-            if key in state_dict and shape(key, state_dict[key]) != shape(key, own[key])
-            if not (head_is_dropped and key in head)
+            f"{k} {tuple(state_dict[k].shape)} for {tuple(own[k].shape)}"
+            for k in own
+            if k in state_dict and k not in head and shape(k, state_dict[k]) != shape(k, own[k])
         ],
     }
     if any(problems.values()):
@@ -536,11 +591,16 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
+# What `pretrained=True` passes through on its way to timm: (variant, arguments) -> arguments. `container.weights` puts
+# its verification of files here; without it, this file is a timm model file like any other.
+provide: Optional[Callable[[str, Dict[str, Any]], Dict[str, Any]]] = None
+
+
 def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> Container:
-    if pretrained:
-        kwargs["pretrained_cfg_overlay"] = weights.resolve(
-            variant, kwargs.get("pretrained_cfg"), kwargs.get("pretrained_cfg_overlay"), kwargs.get("cache_dir")
-        )
+    if pretrained and provide is not None:
+        kwargs = provide(variant, kwargs)
+    if kwargs.get("features_only"):
+        kwargs.setdefault("num_classes", 0)  # features have no classifier, so any checkpoint's will do
     model = build_model_with_cfg(
         Container,
         variant,
@@ -549,21 +609,58 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
-    model.pretrained_cfg.pop("state_dict", None)  # type: ignore # or every model would hold its weights twice
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore # or the model would hold its weights twice
     return model
 
 
 def _cfg(**kwargs: Any) -> Dict[str, Any]:
     return {
+        "url": "",
+        "num_classes": 1000,
+        "input_size": (3, 224, 224),
+        "pool_size": (7, 7),
+        "fixed_input_size": False,
+        "crop_pct": 0.875,
+        "interpolation": "bicubic",
+        "mean": IMAGENET_DEFAULT_MEAN,
+        "std": IMAGENET_DEFAULT_STD,
         "first_conv": "stem.proj",
         "classifier": "head.fc",
+        "license": "apache-2.0",
         "paper_ids": "arXiv:2106.01401",
         "paper_name": "Container: Context Aggregation Network",
         **kwargs,
     }
 
 
-default_cfgs = generate_default_cfgs({name: _cfg(**weights.default_cfg(name)) for name in weights.manifest()})
+default_cfgs = generate_default_cfgs(
+    {
+        # No url: the authors' file lies on a share, without a hash. `container weights fetch` brings and pins it.
+        "container_light.ai2_in1k": _cfg(origin_url="https://github.com/allenai/container", license="unknown"),
+        "container_light_mlp4.untrained": _cfg(),
+        "container_light_nano.untrained": _cfg(),
+        "container_light_tiny.untrained": _cfg(),
+        "container_light_base.untrained": _cfg(),
+        "container_light_nano_32.cifar10": _cfg(
+            file=os.path.join(os.path.dirname(__file__), "pretrained", "container_light_nano_32.cifar10.safetensors"),
+            num_classes=10,
+            label_names=(
+                *("airplane", "automobile", "bird", "cat", "deer"),
+                *("dog", "frog", "horse", "ship", "truck"),
+            ),
+            input_size=(3, 32, 32),
+            pool_size=(4, 4),
+            crop_pct=1.0,
+        ),
+        "container.untrained": _cfg(),
+        "container_nano.untrained": _cfg(),
+        "container_pam.untrained": _cfg(fixed_input_size=True),
+        "container_attention.untrained": _cfg(),
+        "container_conv.untrained": _cfg(),
+        "container_mixer.untrained": _cfg(fixed_input_size=True),
+        "container_mixer_mh.untrained": _cfg(fixed_input_size=True),
+    }
+)
 
 # A token matrix of every head over 56 x 56 or 28 x 28 tokens would hold more parameters than the rest of the network.
 _RANKS = (16, 16, 0, 0)

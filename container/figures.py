@@ -16,7 +16,7 @@ from timm.data import create_transform, resolve_model_data_config
 from torch import Tensor, nn
 from torchvision.transforms.functional import to_pil_image
 
-from . import weights, zoo
+from . import weights
 from .aggregation import Aggregation
 from .container import Container
 
@@ -376,7 +376,7 @@ def draw(
     with Image.open(image) as opened:
         photo = opened.convert("RGB")
     if checkpoint:
-        state = zoo.fit(weights.read(checkpoint), name)
+        state = weights.fit(weights.read(checkpoint), name)
         network: Any = timm.create_model(name, num_classes=len(state.get("head.fc.bias", ())))
         network.load_state_dict(state)
     else:

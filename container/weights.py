@@ -1,35 +1,53 @@
-"""Weights: what `weights_manifest.json` records, and how a checkpoint gets from a file to a model.
+"""Weights: what is on record about them, and what a file has to pass before `pretrained=True` loads it.
 
-The manifest has one record per weights entry, under its timm name `architecture.tag`; an unknown is null. timm's
-default cfgs are made from it, and nothing is loaded that contradicts it.
+The package's `weights_manifest.json` has a record for each file of weights, under its timm name `architecture.tag`; an
+unknown is null. Records of one's own lie beside their files in `weights_dir()`, as `architecture.tag.json`.
 """
 
+import dataclasses
+import hashlib
 import json
 import logging
 import os
 import re
+import sys
+import warnings
 import zipfile
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
-from typing import Any, Dict, Optional, Union
+from typing import Any
+from urllib.error import HTTPError
 
+import timm
 import torch
-from huggingface_hub import hf_hub_url
-from timm.models import load_state_dict, resolve_pretrained_cfg
+from filelock import FileLock
+from huggingface_hub import hf_hub_download
+from timm.models import (
+    get_pretrained_cfg,
+    load_state_dict,
+    model_entrypoint,
+    register_model,
+    resolve_pretrained_cfg,
+    split_model_name_tag,
+)
 from torch import Tensor
 
-from .files import download, sha256_of, web_page
+from . import container as model_file
+from .container import checkpoint_filter_fn, is_released
 
 __all__ = [
     "check",
-    "default_cfg",
     "find",
-    "from_released",
-    "is_released",
+    "fit",
     "manifest",
+    "names",
     "obtain",
+    "provide",
     "read",
-    "resolve",
+    "record",
+    "register_own",
+    "sha256_of",
     "weights_dir",
 ]
 
@@ -37,72 +55,74 @@ _logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent
 
 
-def _packaged(name: str) -> Path:
-    return _PACKAGE / "pretrained" / f"{name}.safetensors"
-
-
 @cache
-def manifest() -> Dict[str, Dict[str, Any]]:
-    """The records of `weights_manifest.json`, by name."""
+def manifest() -> dict[str, dict[str, Any]]:
+    """The records of the package's `weights_manifest.json`, by name."""
     inside = _PACKAGE / "weights_manifest.json"  # in a wheel; in a checkout it lies beside the package
     path = inside if inside.is_file() else _PACKAGE.parent / inside.name
     return json.loads(path.read_text(encoding="utf-8"))["weights"]
 
 
-def default_cfg(name: str) -> Dict[str, Any]:
-    """A record as timm's pretrained cfg.
-
-    Args:
-        name: `architecture.tag`.
-
-    Raises:
-        KeyError: The manifest has no such record.
-    """
-    record = manifest()[name]
-    file = record["file"] or {}
-    given = {key: tuple(value) if isinstance(value, list) else value for key, value in record["input"].items()}
-    source: Dict[str, Any] = dict(url="")
-    if file.get("sha256"):  # what nobody can verify is no source: timm would announce it, and try
-        source.update(url=file["url"] or "", hf_hub_id=file["hf_hub_id"])
-    if file.get("packaged"):
-        source.update(file=str(_packaged(name)))
-    return dict(
-        source,
-        **given,
-        num_classes=record["num_classes"],
-        label_names=tuple(record["label_names"]) if record["label_names"] else None,
-        license=record["license"]["weights"] or (record["license"]["code"] if not file else "unknown"),
-        origin_url=record["origin_url"],
-    )
-
-
 def weights_dir() -> Path:
-    """Where weights are looked for and downloaded to: `CONTAINER_WEIGHTS_DIR`, or torch hub's folder of checkpoints."""
+    """Where files of weights lie: `CONTAINER_WEIGHTS_DIR`, or torch hub's folder of checkpoints."""
     return Path(os.environ.get("CONTAINER_WEIGHTS_DIR") or Path(torch.hub.get_dir(), "checkpoints"))
 
 
-def find(name: str, folder: Union[str, Path, None] = None) -> Optional[Path]:
-    """The file of a record if it is here, in the package or in the folder; unread, so unverified.
+def names() -> list[str]:
+    """The weights on record, by name: the package's, then those of `weights_dir()`."""
+    return [*manifest(), *(name for name in _own() if name not in manifest())]
+
+
+def _own() -> list[str]:
+    family = model_file.default_cfgs
+    return sorted(path.stem for path in weights_dir().glob("*.json") if split_model_name_tag(path.stem)[0] in family)
+
+
+def record(name: str) -> dict[str, Any]:
+    """What is known about a file of weights: the package's record, or one's own where the package knows no sha256.
 
     Args:
         name: `architecture.tag`.
-        folder: `weights_dir()` if None.
 
     Raises:
-        KeyError: The manifest has no such record.
+        KeyError: There is no such record.
+        RuntimeError: One's own is damaged.
     """
-    file = manifest()[name]["file"]
-    if file is None:
+    packaged, path = manifest().get(name), weights_dir() / f"{name}.json"
+    if not path.is_file() or (packaged and packaged["file"]["sha256"]):
+        return manifest()[name]
+    try:
+        own = json.loads(path.read_text(encoding="utf-8"))["weights"][name]
+        if not re.fullmatch("[0-9a-f]{64}", own["file"]["sha256"]):
+            raise ValueError(f"sha256 {own['file']['sha256']!r}")
+        return own
+    except (ValueError, KeyError, TypeError) as error:
+        raise RuntimeError(f"{path} is no record of {name} ({error}): delete it") from None
+
+
+def sha256_of(path: str | Path) -> str:
+    """The sha256 of a file's content, 64 hexadecimal digits."""
+    digest = hashlib.sha256()
+    with open(path, "rb") as file:
+        while chunk := file.read(1 << 20):
+            digest.update(chunk)
+    return digest.hexdigest()
+
+
+def _stand_in(path: str | Path) -> str | None:
+    """What a file is that lies where weights should, if it is a web page or a pointer of Git LFS."""
+    with open(path, "rb") as file:
+        head = file.read(1 << 16)
+    if head.startswith(b"version https://git-lfs.github.com/spec"):
+        return "a pointer of Git LFS in place of the file (`git lfs pull` brings it)"
+    if not re.match(rb"(\xef\xbb\xbf)?\s*<(!doctype|html|\?xml)", head, re.IGNORECASE):
         return None
-    places = [_packaged(name)] if file["packaged"] else []
-    places += [Path(folder or weights_dir(), f"{name}.{suffix}") for suffix in ("safetensors", "pth")]
-    return next((path for path in places if path.is_file()), None)
+    title = re.search(rb"<title[^>]*>(.*?)</title>", head, re.DOTALL | re.IGNORECASE)
+    return f'a web page, "{" ".join(title[1].decode(errors="replace").split())}"' if title else "a web page"
 
 
-def check(name: str, path: Union[str, Path]) -> str:
-    """Holds a file against its record's size and sha256, or against a pin where nobody published a hash.
-
-    A pin is a file beside it, `FILE.sha256`, as `sha256sum` writes it.
+def check(name: str, path: str | Path) -> str:
+    """Holds a file against the size and the sha256 of its record.
 
     Args:
         name: `architecture.tag`.
@@ -112,80 +132,94 @@ def check(name: str, path: Union[str, Path]) -> str:
         Its sha256.
 
     Raises:
-        RuntimeError: It is another file.
+        KeyError: There is no such record.
+        RuntimeError: It is another file, or nobody knows the hash.
     """
-    file, pin = manifest()[name]["file"] or {}, Path(f"{path}.sha256")
-    if page := web_page(path):
-        raise RuntimeError(f"{path} is {page}, not the weights {name}: download the file itself, {file.get('url')}")
-    expected, by = file.get("sha256"), "its record"
-    if not expected and pin.is_file():
-        expected, by = (pin.read_text().split() or [""])[0].lower(), pin.name
-    size, found = Path(path).stat().st_size, sha256_of(path)
-    if file.get("bytes") not in (None, size):
-        raise RuntimeError(f"{path} has {size} bytes, and the weights {name} have {file['bytes']}: delete it")
-    if expected not in (None, found):
-        raise RuntimeError(f"{path} has sha256 {found}, and {by} says {expected}: delete it")
-    if not expected:
-        _logger.warning(
-            "%s is unverified: nobody published the hash of %s. Its sha256 is %s; "
-            "`sha256sum FILE > FILE.sha256` beside it pins it.",
-            path,
-            name,
-            found,
+    file = record(name)["file"]
+    if not file["sha256"]:
+        raise RuntimeError(
+            f"nobody published the hash of {name}, so {path} may be any file: "
+            f"`container weights import {path} --as {name}` checks and pins it"
         )
+    if what := _stand_in(path):
+        raise RuntimeError(f"{path} is {what}, not the weights {name}")
+    size, found = Path(path).stat().st_size, sha256_of(path)
+    if file["bytes"] != size:
+        raise RuntimeError(f"{path} has {size} bytes, and the weights {name} have {file['bytes']}: delete it")
+    if file["sha256"] != found:
+        raise RuntimeError(f"{path} has sha256 {found}, and the weights {name} have {file['sha256']}: delete it")
     return found
 
 
-# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
-# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
-_RELEASED_NAMES = (
-    (r"^patch_embed1\.", "stem."),
-    *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
-    (r"^(blocks[123]\.\d+)\.attn\.", r"\1.aggregation.static.conv."),
-    (r"^(blocks4\.\d+)\.conv\.", r"\1.aggregation.static.conv."),
-    *((rf"^blocks{i}\.", f"stages.{i - 1}.blocks.") for i in (1, 2, 3, 4)),
-    (r"\.pos_embed\.", ".pos_conv."),
-    (r"\.conv1\.", ".aggregation.value."),
-    (r"\.conv2\.", ".aggregation.proj."),
-    (r"\.sa_weight$", ".aggregation.gate.logit"),
-    (r"^head\.", "head.fc."),
-)
-
-
-def is_released(state_dict: Dict[str, Any]) -> bool:
-    """Whether a state dict is in the layout of the authors' release."""
-    return any(key.startswith("patch_embed1.") for key in state_dict)
-
-
-def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The released layout of CONTAINER-LIGHT in our names.
+def find(name: str, folder: str | Path | None = None) -> Path | None:
+    """The file of a record if it is here, in the package or in the folder; unread, so unverified.
 
     Args:
-        state_dict: The weights under `model` in the released file.
-
-    Returns:
-        The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
+        name: `architecture.tag`.
+        folder: `weights_dir()` if None.
 
     Raises:
-        ValueError: It is not the released layout; keys that are foreign to it are left for the model to refuse.
+        KeyError: There is no such record.
     """
-    renamed: Dict[str, Tensor] = {}
-    for key, tensor in state_dict.items():
-        old, mixed = key, key.partition(".conv1.")[0] + ".sa_weight" in state_dict
-        for pattern, name in _RELEASED_NAMES:
-            key = re.sub(pattern, name, key)
-        if mixed and ".aggregation.value." in key:
-            if not tensor.ndim or len(tensor) % 3:
-                raise ValueError(f"checkpoint is not in the released layout: {old} of shape {tuple(tensor.shape)}")
-            q, k, tensor = tensor.chunk(3)
-            renamed[key.replace(".value.", ".dynamic.qk.")] = torch.cat((q, k))
-        if key in renamed:
-            raise ValueError(f"checkpoint is not in the released layout: {old} and another key are both {key}")
-        renamed[key] = tensor
-    return renamed
+    inside = record(name)["file"]["packaged"]
+    path = Path(_PACKAGE / "pretrained" if inside else folder or weights_dir(), f"{name}.safetensors")
+    return path if path.is_file() else None
 
 
-def read(path: Union[str, Path], use_ema: Optional[bool] = None) -> Dict[str, Tensor]:
+def obtain(name: str, folder: str | Path | None = None) -> Path:
+    """The verified file of a record, downloaded if it has to be; of several processes that ask at once, by one.
+
+    Args:
+        name: `architecture.tag`.
+        folder: Where it is looked for and downloaded to, `weights_dir()` if None; files from the Hugging Face Hub go to
+            its own cache, or to this folder.
+
+    Raises:
+        KeyError: There is no such record.
+        RuntimeError: There is no file to be had, or it is another one than the record's.
+    """
+    file, path, place = record(name)["file"], find(name, folder), Path(folder or weights_dir(), f"{name}.safetensors")
+    if path is None and file["sha256"] and (file["url"] or file["hf_hub_id"]):
+        try:
+            if file["hf_hub_id"]:
+                path = Path(hf_hub_download(file["hf_hub_id"], place.name, cache_dir=folder))
+            else:
+                path = _download(name, file["url"], place)
+        except Exception as error:  # of any library that takes part
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise RuntimeError(
+                f"cannot download the weights {name} from {file['hf_hub_id'] or file['url']}: {reason}. Without a "
+                f"network, put that file ({file['bytes']} bytes, sha256 {file['sha256']}) at {place}"
+            ) from error
+    if path is None:
+        how = "fetch" if name in manifest() else "import FILE --as"
+        raise RuntimeError(f"the weights {name} are not at {place}: `container weights {how} {name}` puts them there")
+    check(name, path)
+    return path
+
+
+def _download(name: str, url: str, path: Path) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    part, lock = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.lock")
+    with FileLock(lock):
+        try:
+            for left in path.parent.glob(f"{part.name}*"):
+                left.unlink()  # by a process that was killed
+            if not path.is_file():  # else brought by the process that had the lock before
+                torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+                check(name, part)
+                os.replace(part, path)
+        except HTTPError as error:
+            error.close()  # its connection
+            raise
+        finally:
+            part.unlink(missing_ok=True)
+            with suppress(OSError):  # where a waiting process that has it open prevents its removal
+                lock.unlink()
+    return path
+
+
+def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
     """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
 
     Args:
@@ -200,8 +234,8 @@ def read(path: Union[str, Path], use_ema: Optional[bool] = None) -> Dict[str, Te
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
-    if page := web_page(path):
-        raise RuntimeError(f"{path} is {page}, not a checkpoint")
+    if what := _stand_in(path):
+        raise RuntimeError(f"{path} is {what}, not a checkpoint")
     try:
         if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
             raise RuntimeError(f"checksum of {damaged} is wrong")
@@ -219,70 +253,96 @@ def read(path: Union[str, Path], use_ema: Optional[bool] = None) -> Dict[str, Te
     return state_dict
 
 
-def obtain(name: str, folder: Union[str, Path, None] = None) -> Path:
-    """The verified file of a record, downloaded if it has to be.
+def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
+    """A checkpoint in the names and shapes of the model that weights of a name are for, with its own classifier.
 
     Args:
-        name: `architecture.tag`.
-        folder: Where it is looked for and downloaded to, `weights_dir()` if None.
+        state_dict: As `read` gives it.
+        name: `architecture.tag`; without a record of that name any number of classes will do, and of image sizes the
+            architecture's own.
 
     Raises:
-        KeyError: The manifest has no such record.
-        RuntimeError: There is no file to be had, or it is another one than the record's.
+        ValueError: There is no such model, or the checkpoint does not fit it exactly.
     """
-    file = manifest()[name]["file"]
-    if file is None:
-        raise RuntimeError(f"No pretrained weights exist for {name}. Use `pretrained=False` for random init.")
-    path = find(name, folder)
-    if path is None:
-        path = Path(folder or weights_dir(), f"{name}.{file['format']}")
-        if not file["sha256"]:
-            raise RuntimeError(
-                f"the weights {name} have to be downloaded by hand, as nobody published their hash: put the file from "
-                f"{file['url']} at {path} (CONTAINER_WEIGHTS_DIR), or pass pretrained_cfg_overlay=dict(file=PATH)"
-            )
-        url = file["url"] or hf_hub_url(file["hf_hub_id"], f"{name}.{file['format']}")
-        try:
-            download(url, path, file["bytes"], file["sha256"])
-        except OSError as error:
-            raise RuntimeError(
-                f"cannot download the weights {name}: {error}. Without a network, put that file "
-                f"({file['bytes']} bytes, sha256 {file['sha256']}) at {path} (CONTAINER_WEIGHTS_DIR)"
-            ) from error
-    check(name, path)
-    return path
+    architecture, _ = split_model_name_tag(name)
+    if architecture not in (family := timm.list_models(module="container")):
+        raise ValueError(f"no model {architecture}: choose from {', '.join(family)}")
+    head = state_dict.get("head.weight", state_dict.get("head.fc.weight", torch.empty(0)))
+    classes = record(name)["num_classes"] if name in names() else len(head)
+    overlay = dict(num_classes=classes)  # so that a classifier has to be there, and to fit
+    model = timm.create_model(architecture, device="meta", pretrained_cfg_overlay=overlay)
+    fitted = checkpoint_filter_fn(dict(state_dict), model)
+    for key, tensor in model.state_dict().items():
+        found = tuple(state_dict.get(key, fitted.get(key, tensor)).shape)
+        if found != tuple(tensor.shape):  # of what timm or the filter would adapt
+            raise ValueError(f"checkpoint does not fit {name}: {key} is {found}, not {tuple(tensor.shape)}")
+    return fitted
 
 
-def resolve(
-    variant: str,
-    pretrained_cfg: Union[str, Dict[str, Any], None],
-    overlay: Optional[Dict[str, Any]],
-    folder: Union[str, Path, None] = None,
-) -> Dict[str, Any]:
-    """Finds the weights that `pretrained=True` means and reads them where they are a file.
+def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
+    """Verifies the file that `pretrained=True` means, and tells timm its path.
+
+    A file on record is held against its sha256, and brought if it has to be. A file that the user names is read: it has
+    to be a checkpoint of finite numbers. A Hub id, URL, folder or state dict that the user names is left to timm.
 
     Args:
         variant: Model name without tag.
-        pretrained_cfg: Tag or cfg given to `timm.create_model`.
-        overlay: `pretrained_cfg_overlay` given to `timm.create_model`.
-        folder: `cache_dir` given to `timm.create_model`.
+        arguments: Of `timm.models.build_model_with_cfg`.
 
     Returns:
-        The overlay, with the state dict of a file in it; a Hub id, URL or folder that the user named is left to timm.
+        The arguments, with the path of a file on record among them.
 
     Raises:
         FileNotFoundError: The file named does not exist.
         RuntimeError: The weights cannot be had, or are not what their record says.
     """
-    overlay = dict(overlay or {})
-    cfg = resolve_pretrained_cfg(variant, pretrained_cfg=pretrained_cfg, pretrained_cfg_overlay=overlay)
+    overlay = dict(arguments.get("pretrained_cfg_overlay") or {})
+    cfg = resolve_pretrained_cfg(variant, arguments.get("pretrained_cfg"), overlay)
     name = f"{variant}.{cfg.tag}"
-    own = not any(overlay.get(key) for key in ("url", "file", "hf_hub_id", "state_dict"))
-    if own and not isinstance(pretrained_cfg, dict) and manifest().get(name, {}).get("file"):
-        return dict(overlay, state_dict=read(obtain(name, folder)))
-    if cfg.file and not cfg.state_dict and cfg.source != "local-dir":
+    if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
+        pass
+    elif name in names() and _sources(cfg) == _sources(get_pretrained_cfg(name)):
+        overlay["file"] = str(obtain(name, arguments.get("cache_dir")))
+    elif cfg.file:
         state_dict = read(cfg.file)
         if is_released(state_dict):
-            check(name, cfg.file)
-        return dict(overlay, state_dict=state_dict)
-    return overlay
+            # Of such a file timm would take the averages; its authors evaluated these.
+            overlay["state_dict"] = state_dict
+        overlay.setdefault("label_names", None)  # those of the registry belong to another file
+    return dict(arguments, pretrained_cfg_overlay=overlay)
+
+
+def _sources(cfg: Any) -> list[Any]:
+    return [getattr(cfg, key) or None for key in ("url", "file", "hf_hub_id", "state_dict")]
+
+
+def register_own() -> None:
+    """Makes the tags of records in `weights_dir()` known to timm; a damaged record costs a warning."""
+    for name in _own():
+        try:
+            own = record(name)
+            given = {key: tuple(value) if isinstance(value, list) else value for key, value in own["input"].items()}
+            architecture, tag = split_model_name_tag(name)
+            own_cfg = dataclasses.replace(
+                model_file.default_cfgs[architecture].default,
+                **given,
+                file=str(find(name) or ""),
+                num_classes=own["num_classes"],
+                label_names=tuple(own["label_names"]) if own["label_names"] else None,
+                license=own["license"]["weights"] or "unknown",
+                origin_url=own["origin_url"],
+            )
+        except (RuntimeError, KeyError, TypeError) as error:
+            _logger.warning("no weights %s: %s", name, error)
+            continue
+        family = model_file.default_cfgs[architecture]
+        family.cfgs[tag] = own_cfg
+        if tag not in family.tags:
+            family.tags.append(tag)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # that it is registered again
+            register_model(model_entrypoint(architecture))
+
+
+model_file.provide = provide
+register_own()

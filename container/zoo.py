@@ -1,22 +1,27 @@
 """What the `container` command does: lists the family, and handles files of weights by their records."""
 
+import hashlib
 import json
+import os
+import re
+import sys
+import tempfile
 import textwrap
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple, Union
+from typing import Any
 
 import timm
 import torch
 from safetensors.torch import save
-from timm.models import is_model, model_entrypoint, save_for_hf, split_model_name_tag
+from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf, split_model_name_tag
 from timm.models._hub import generate_readme
 from torch.utils.flop_counter import FlopCounterMode
 
 from . import weights
-from .container import checkpoint_filter_fn
-from .files import sha256_of, write_atomically
+from .container import default_cfgs
+from .files import write_atomically
 
-__all__ = ["convert", "export", "fit", "table", "verify"]
+__all__ = ["columns", "convert", "export", "fetch", "table", "verify"]
 
 
 def table(markdown: bool = False) -> str:
@@ -25,19 +30,19 @@ def table(markdown: bool = False) -> str:
     Args:
         markdown: The README's table in place of one for a terminal.
     """
-    rows: List[Tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
-    for record in weights.manifest().values():
-        architecture, size = record["architecture"], record["input"]["input_size"][-1]
-        model = timm.create_model(architecture, pretrained_cfg=record["tag"], device="meta").eval()
+    rows: list[tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
+    for architecture, cfgs in default_cfgs.items():
+        tag, size = cfgs.tags[0], cfgs.default.input_size
+        model = timm.create_model(architecture, pretrained_cfg=tag, device="meta").eval()
         with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *record["input"]["input_size"], device="meta"))
+            model(torch.empty(1, *size, device="meta"))
         rows.append(
             (
                 f"`{architecture}`" if markdown else architecture,
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
                 f"{counter.get_total_flops() / 2e9:.2f}",
-                f"{size} px",
-                _summary(record, markdown),
+                f"{size[-1]} px",
+                _summary(weights.manifest().get(f"{architecture}.{tag}"), markdown),
                 _first_sentence(architecture),
             )
         )
@@ -47,7 +52,7 @@ def table(markdown: bool = False) -> str:
     return columns([row[:-1] for row in rows])
 
 
-def columns(rows: List[Tuple[str, ...]]) -> str:
+def columns(rows: list[tuple[str, ...]]) -> str:
     """Rows with their cells below one another."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(
@@ -60,8 +65,8 @@ def _first_sentence(architecture: str) -> str:
     return doc.rstrip(".")
 
 
-def _summary(record: Dict[str, Any], markdown: bool = False) -> str:
-    if record["file"] is None:
+def _summary(record: dict[str, Any] | None, markdown: bool = False) -> str:
+    if record is None:
         return "none yet"
     tag = f"`{record['tag']}`" if markdown else record["tag"]
     top1 = next(
@@ -70,37 +75,7 @@ def _summary(record: Dict[str, Any], markdown: bool = False) -> str:
     return f"{tag}{top1}{'' if record['status'] == 'available' else '; ' + record['status']}"
 
 
-def fit(state_dict: Dict[str, torch.Tensor], name: str) -> Dict[str, torch.Tensor]:
-    """A checkpoint in the names and shapes of the model that a weights entry is for, with its own classifier.
-
-    Args:
-        state_dict: As `weights.read` gives it.
-        name: `architecture.tag`; without a record of that name the architecture's own image size is meant.
-
-    Raises:
-        ValueError: There is no such model, or the checkpoint does not fit it exactly.
-    """
-    architecture, _ = split_model_name_tag(name)
-    if not is_model(architecture) or architecture not in timm.list_models(module="container"):
-        raise ValueError(f"no model {architecture}: choose from {', '.join(timm.list_models(module='container'))}")
-    record = weights.manifest().get(name)
-    head = state_dict.get("head.weight", state_dict.get("head.fc.weight", torch.empty(0)))
-    options: Dict[str, Any] = dict(num_classes=record["num_classes"] if record else len(head))
-    if record and record["input"]["fixed_input_size"]:
-        options["img_size"] = record["input"]["input_size"][-1]
-    model: Any = timm.create_model(architecture, device="meta", **options)
-    model.pretrained_cfg["num_classes"] = options["num_classes"]
-    fitted, own = checkpoint_filter_fn(dict(state_dict), model), model.state_dict()
-    if problems := [key for key in own if key not in fitted or fitted[key].shape != own[key].shape]:
-        found = tuple(fitted[problems[0]].shape) if problems[0] in fitted else "missing"
-        raise ValueError(f"checkpoint does not fit {name}: {problems[0]} is {found}")
-    for key in own:
-        if key in state_dict and (found := tuple(state_dict[key].shape)) != fitted[key].shape:
-            raise ValueError(f"checkpoint does not fit {name}: {key} {found} is for another image size")
-    return fitted
-
-
-def verify(name: str) -> Tuple[Path, str]:
+def verify(name: str) -> tuple[Path, str]:
     """Holds the file of a record that is here against all that the record says: size, hash, layout, finite numbers.
 
     Args:
@@ -110,7 +85,7 @@ def verify(name: str) -> Tuple[Path, str]:
         The file and its sha256.
 
     Raises:
-        KeyError: The manifest has no such record.
+        KeyError: There is no such record.
         FileNotFoundError: The file is not here.
         RuntimeError: It is not what the record says.
         ValueError: It does not fit the model.
@@ -119,53 +94,127 @@ def verify(name: str) -> Tuple[Path, str]:
     if path is None:
         raise FileNotFoundError(f"no file of {name} in {weights.weights_dir()}")
     digest = weights.check(name, path)
-    fit(weights.read(path), name)
+    weights.fit(weights.read(path), name)
     return path, digest
 
 
 def convert(
-    path: Union[str, Path], name: str, out: Union[str, Path], use_ema: Optional[bool] = None
-) -> Tuple[str, Dict[str, Any]]:
-    """Writes the weights of a checkpoint, released or ours, as safetensors in our layout.
+    path: str | Path,
+    name: str,
+    out: str | Path | None = None,
+    use_ema: bool | None = None,
+    trained_by: str | None = None,
+    license: str | None = None,
+    data: str | None = None,
+) -> tuple[Path, dict[str, Any]]:
+    """Writes the weights of a checkpoint, released or ours, as safetensors in our layout, and their record beside them.
+
+    The record has what the file, the caller and a `summary.json` of `train_imagenet.py` beside it say, else nulls.
+    It pins the sha256: in `weights_dir()` no other file is loaded, or put, under that name.
 
     Args:
-        path: The checkpoint. A `summary.json` beside it, of `train_imagenet.py`, goes into the record.
+        path: The checkpoint.
         name: `architecture.tag` that they are to have.
-        out: The file to write.
+        out: The file to write; `NAME.safetensors` in `weights_dir()` if None, where `timm.create_model` finds it.
         use_ema: As in `weights.read`.
+        trained_by: Whose the weights are.
+        license: Under which licence.
+        data: What they were trained on.
 
     Returns:
-        The sha256 of what was written, and its record: the manifest's if it has one of that name, with the new file.
+        The file, and its record.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         OSError: `out` cannot be written.
         RuntimeError: It cannot be read.
-        ValueError: It does not fit the model.
+        ValueError: It does not fit the model, or other weights have that name.
     """
-    state_dict = fit(weights.read(path, use_ema), name)
-    out = Path(out)
-    write_atomically(out, save({key: t.contiguous() for key, t in state_dict.items()}, metadata={"format": "pt"}))
     architecture, tag = split_model_name_tag(name)
-    like = next(r for r in weights.manifest().values() if r["architecture"] == architecture)
-    new = dict(like, tag=tag, status="available", label_names=None, training=None, results=[], limits=None)
-    record = dict(weights.manifest().get(name) or new)
-    record["num_classes"] = len(state_dict["head.fc.weight"])
+    if not re.fullmatch("[a-z0-9_]+", tag):
+        raise ValueError(f"{name} is no architecture.tag, with a tag of a-z, 0-9 and _")
+    state_dict = weights.fit(weights.read(path, use_ema), name)
+    content = save({key: t.contiguous() for key, t in state_dict.items()}, metadata={"format": "pt"})
+    digest = hashlib.sha256(content).hexdigest()
+    known = weights.record(name) if name in weights.names() else None
+    if known and known["file"]["sha256"] not in (None, digest):
+        pin = known["file"]["sha256"]
+        raise ValueError(f"{name} is pinned to sha256 {pin}, and {path} becomes {digest}: choose another tag")
+    record = dict(weights.manifest().get(name) or _blank(architecture, tag, len(state_dict.get("head.fc.weight", ()))))
     record["file"] = dict(
-        packaged=False,
-        url=None,
-        hf_hub_id=None,
-        bytes=out.stat().st_size,
-        sha256=sha256_of(out),
-        format="safetensors",
-        layout="container",
+        packaged=False, url=None, hf_hub_id=None, bytes=len(content), sha256=digest, format="safetensors"
     )
     if (summary := Path(path).with_name("summary.json")).is_file():
         record.update(_from_run(json.loads(summary.read_text()), Path(path).name))
-    return record["file"]["sha256"], record
+    if trained_by:
+        record["trained_by"] = trained_by
+    if license:
+        record["license"] = dict(record["license"], weights=license)
+    if data:
+        record["training"] = dict(record["training"] or dict.fromkeys(_TRAINING), data=data)
+    out = Path(out or weights.weights_dir() / f"{name}.safetensors")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    write_atomically(out, content)
+    text = json.dumps(dict(weights={name: record}), indent=2, ensure_ascii=False) + "\n"
+    write_atomically(out.with_suffix(".json"), text.encode())
+    return out, record
 
 
-def _from_run(summary: Dict[str, Any], file: str) -> Dict[str, Any]:
+_TRAINING = ("data", "epochs", "command", "hardware", "time")
+
+
+def _blank(architecture: str, tag: str, num_classes: int) -> dict[str, Any]:
+    """A record of which nothing is known but how the architecture prepares images."""
+    cfg = get_pretrained_cfg(architecture)
+    of_input = ("input_size", "pool_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct")
+    return dict(
+        architecture=architecture,
+        tag=tag,
+        status="imported",
+        **dict.fromkeys(("trained_by", "date", "origin_url", "label_names", "training", "limits")),
+        num_classes=num_classes,
+        license=dict.fromkeys(("code", "weights", "stated")),
+        input={key: getattr(cfg, key) for key in of_input},
+        results=[],
+    )
+
+
+def fetch(name: str) -> Path:
+    """Brings a file that lies on a share without a hash into `weights_dir()`, converted, checked and pinned.
+
+    Args:
+        name: `architecture.tag`.
+
+    Returns:
+        The file.
+
+    Raises:
+        ImportError: gdown is not installed.
+        KeyError: The manifest has no such record.
+        OSError: It cannot be downloaded, or written.
+        RuntimeError: What comes is not a checkpoint.
+        ValueError: It does not fit the model, or another file was pinned before.
+    """
+    file = weights.manifest()[name]["file"]
+    if file["sha256"]:
+        return weights.obtain(name)
+    try:
+        from gdown import download
+        from gdown.exceptions import DownloadError
+    except ImportError:
+        raise ImportError("this needs gdown: pip install gdown") from None
+    folder = weights.weights_dir()
+    folder.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+        path = os.path.join(scratch, f"{name}.{file['format']}")
+        try:
+            download(file["url"], path, quiet=not sys.stderr.isatty(), use_cookies=False, timeout=60)
+        except DownloadError as error:
+            raise OSError(f"cannot download {file['url']}: {' '.join(str(error).split())}") from None
+        return convert(path, name)[0]
+
+
+def _from_run(summary: dict[str, Any], file: str) -> dict[str, Any]:
     """What a run's `summary.json` knows of the record of one of its files; an accuracy only of the best weights."""
     hardware = summary["hardware"]
     device = f"{hardware['processes']} x {hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} threads"
@@ -181,7 +230,7 @@ def _from_run(summary: Dict[str, Any], file: str) -> Dict[str, Any]:
     return dict(training=training, results=results)
 
 
-def export(name: str, folder: Union[str, Path]) -> None:
+def export(name: str, folder: str | Path) -> None:
     """Writes a folder that `timm.create_model("local-dir:FOLDER")` and the Hugging Face Hub load, with a model card.
 
     Args:
@@ -190,14 +239,13 @@ def export(name: str, folder: Union[str, Path]) -> None:
 
     Raises:
         FileExistsError: The folder is there and not empty.
-        KeyError: The manifest has no such record.
+        KeyError: There is no such record.
         RuntimeError: The weights cannot be had.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):
         raise FileExistsError(f"{folder} is not empty")
-    record = weights.manifest()[name]
-    weights.obtain(name)
+    record = weights.record(name)
     model = timm.create_model(name, pretrained=True)
     labels = dict(label_names=record["label_names"]) if record["label_names"] else {}
     save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
@@ -208,7 +256,7 @@ def export(name: str, folder: Union[str, Path]) -> None:
     card = dict(
         license=licence["weights"] or "unknown",
         library_name="timm",
-        description=f"{_first_sentence(record['architecture'])}. {record['limits']}",
+        description=f"{_first_sentence(record['architecture'])}. {record['limits'] or ''}".rstrip(),
         details={
             "Trained by": record["trained_by"],
             "Data": training.get("data"),

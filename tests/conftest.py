@@ -4,14 +4,13 @@ import json
 import os
 import random
 import tempfile
-import threading
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from PIL import Image
-from server import Server
+from server import Server, running
 
 import container  # registers the models
 import container.files
@@ -82,13 +81,10 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server(monkeypatch):
-    """A server on loopback; who asks it again does not wait long."""
-    monkeypatch.setattr(container.files, "_PAUSE", 0.001)
-    with Server() as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+def server():
+    """A server of one file on loopback."""
+    with running(Server()) as server:
         yield server
-        server.shutdown()
 
 
 def randomize(module: torch.nn.Module) -> torch.nn.Module:

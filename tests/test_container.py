@@ -20,8 +20,7 @@ from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
 
 from container import Aggregation, Block, Container, SelfAttention
-from container.container import checkpoint_filter_fn
-from container.weights import from_released
+from container.container import checkpoint_filter_fn, from_released
 
 NAMES = timm.list_models("container*")
 FIXED = [n for n in NAMES if timm.get_pretrained_cfg(n).fixed_input_size]
@@ -698,6 +697,52 @@ def test_a_classifier_of_another_width_is_refused(released, tmp_path):
     overlay = dict(file=str(tmp_path / "weights.pth"), num_classes=21)
     model = timm.create_model("container_light", pretrained=True, pretrained_cfg_overlay=overlay)
     assert torch.equal(model.head.fc.weight, state["head.weight"])
+
+
+def test_a_classifier_that_fits_is_kept(released, tmp_path):
+    """In either layout, by every route, though the architecture's cfg says 1000 classes."""
+    state = dict(released[0])
+    state["head.weight"], state["head.bias"] = torch.randn(5, 512), torch.randn(5)
+    for kind in ("released", "ours"):
+        path, folder = tmp_path / f"{kind}.pth", tmp_path / kind
+        torch.save(state if kind == "released" else from_released(state), path)
+        for overlay in (dict(file=str(path)), dict(state_dict=torch.load(path)), dict(url=path.as_uri())):
+            model = timm.create_model(
+                "container_light",
+                pretrained=True,
+                num_classes=5,
+                pretrained_cfg_overlay=overlay,
+                cache_dir=folder,
+            )
+            assert torch.equal(model.head.fc.weight, state["head.weight"]) and model.pretrained_cfg["num_classes"] == 5
+            assert torch.equal(model.head.fc.bias, state["head.bias"])
+            other = timm.create_model(
+                "container_light", pretrained=True, num_classes=6, pretrained_cfg_overlay=overlay, cache_dir=folder
+            )
+            assert other.head.fc.out_features == 6 and torch.equal(other.norm.weight, model.norm.weight)
+    assert torch.equal(load(path, features_only=True).stem.proj.weight, model.stem.proj.weight)
+    direct = timm.create_model("container_light", num_classes=5, checkpoint_path=path)
+    save_for_hf(direct, str(tmp_path / "folder"), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path / 'folder'}", pretrained=True, num_classes=5)
+    assert torch.equal(direct.head.fc.weight, state["head.weight"]) and torch.equal(
+        again.head.fc.bias, direct.head.fc.bias
+    )
+
+
+def test_labels_of_the_registry_are_not_those_of_another_file(tmp_path):
+    model = timm.create_model("container_light_nano_32", num_classes=10)
+    torch.save(model.state_dict(), tmp_path / "weights.pth")
+    overlay = dict(file=str(tmp_path / "weights.pth"))
+    other = timm.create_model("container_light_nano_32", pretrained=True, pretrained_cfg_overlay=overlay)
+    assert torch.equal(other.head.fc.weight, model.head.fc.weight) and not other.pretrained_cfg.get("label_names")
+
+
+def test_norms_without_a_count_of_batches_are_whole(released, tmp_path):
+    """As frozen ones are saved; torch fills the counts in."""
+    state = {key: tensor for key, tensor in released[0].items() if not key.endswith("num_batches_tracked")}
+    assert len(state) < len(released[0])
+    torch.save(state, tmp_path / "weights.pth")
+    assert torch.equal(load(tmp_path / "weights.pth").head.fc.weight, state["head.weight"])
 
 
 def test_another_architecture_is_refused_and_nothing_is_half_loaded(tmp_path):

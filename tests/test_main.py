@@ -45,9 +45,12 @@ def test_script_runs_with_its_arguments_and_the_models(tmp_path):
         (["lsit"], "invalid choice: 'lsit'"),
         (["weights", "show", "container_light"], "no weights 'container_light': `container weights list` names them"),
         (["weights", "verify", RELEASED], "no file of container_light.ai2_in1k in "),
-        (["weights", "import", "nothing.pth", "--as", OURS], "no checkpoint at nothing.pth"),
-        (["weights", "export", RELEASED, "out"], "have to be downloaded by hand"),
-        (["weights", "export", "container.untrained", "out"], "No pretrained weights exist for container.untrained"),
+        (["weights", "import", "nothing.pth", "--as", "container.x"], "no checkpoint at nothing.pth"),
+        (["weights", "import", "nothing.pth", "--as", "container"], "container is no architecture.tag"),
+        (["weights", "import", str(PACKAGED), "--as", f"{OURS[:-7]}Mine"], "is no architecture.tag"),
+        (["weights", "export", RELEASED, "out"], f"`container weights fetch {RELEASED}` puts them there"),
+        (["weights", "export", "container.untrained", "out"], "no weights 'container.untrained'"),
+        (["weights", "fetch", "container.untrained"], "no weights 'container.untrained'"),
     ],
 )
 def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
@@ -81,17 +84,52 @@ def test_verify(tmp_path, monkeypatch, capsys):
     shutil.copy(PACKAGED, tmp_path / f"{RELEASED}.safetensors")
     with pytest.raises(SystemExit):
         main(["weights", "verify"])
-    assert f"{RELEASED}: REFUSED, checkpoint does not fit container_light: " in capsys.readouterr().out
+    assert f"{RELEASED}: REFUSED, nobody published the hash" in capsys.readouterr().out
+    main(["weights", "import", str(PACKAGED), "--as", f"{OURS[:-7]}mine"])
+    (tmp_path / f"{OURS[:-7]}mine.safetensors").write_bytes(PACKAGED.read_bytes()[:-1])
+    with pytest.raises(SystemExit):
+        main(["weights", "verify"])
+    assert f"{OURS[:-7]}mine: REFUSED, " in capsys.readouterr().out
 
 
 def test_import_and_export(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", "weights")
     torch.save(dict(state_dict={k: v * 0 for k, v in STATE.items()}, state_dict_ema=STATE), "checkpoint.pth")
-    main(["weights", "import", "checkpoint.pth", "--as", OURS, "--ema"])
+    name = "container_light_nano_32.mine"
+    main(["weights", "import", "checkpoint.pth", "--as", name, "--ema", "--license", "mit"])
     output = capsys.readouterr()
-    assert json.loads(output.out)[OURS]["file"]["bytes"] == os.path.getsize(f"{OURS}.safetensors")
-    assert torch.equal(weights.read(f"{OURS}.safetensors")["norm.weight"], STATE["norm.weight"])
-    main(["weights", "import", "checkpoint.pth", "--as", OURS, "--no-ema", "--out", "raw.safetensors"])
+    assert output.err == f"timm.create_model('{name}', pretrained=True) loads weights/{name}.safetensors\n"
+    record = json.loads(output.out)["weights"][name]
+    assert record["file"]["bytes"] == os.path.getsize(f"weights/{name}.safetensors")
+    assert record["license"]["weights"] == "mit" and json.loads(output.out) == json.loads(
+        (tmp_path / "weights" / f"{name}.json").read_text()
+    )
+    assert torch.equal(weights.read(f"weights/{name}.safetensors")["norm.weight"], STATE["norm.weight"])
+    main(["weights", "import", "checkpoint.pth", "--as", f"{OURS[:-7]}raw", "--no-ema", "--out", "raw.safetensors"])
     assert not weights.read("raw.safetensors")["norm.weight"].any()
+    assert "put raw.safetensors and raw.json into weights, as container_light_nano_32.raw.*" in capsys.readouterr().err
+    with pytest.raises(SystemExit, match=f"{OURS} is pinned to sha256 .*: choose another tag"):
+        main(["weights", "import", "raw.safetensors", "--as", OURS])
+    main(["weights", "list"])
+    assert f"{name}     imported    mit" in capsys.readouterr().out
     main(["weights", "export", OURS, "folder"])
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in capsys.readouterr().out
+
+
+def test_fetch_asks(tmp_path):
+    """Whose file it is, where it lies and under which licence are said first; without a yes nothing is done."""
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), CONTAINER_WEIGHTS_DIR=str(tmp_path / "weights"))
+    command = [sys.executable, "-m", "container", "weights", "fetch", RELEASED]
+    for answer in ("n\n", ""):
+        result = subprocess.run(
+            command, input=answer, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
+        )
+        assert result.returncode == 1 and result.stderr == "container: not downloaded\n"
+        for said in ("the paper's authors", "https://drive.google.com/file/d/", "MIT", "Apache 2.0", str(tmp_path)):
+            assert said in result.stdout
+    assert list(tmp_path.iterdir()) == []
+    environment["HTTPS_PROXY"] = environment["https_proxy"] = "http://127.0.0.1:9"
+    result = subprocess.run([*command, "--yes"], env=environment, capture_output=True, text=True, timeout=120)
+    assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
+    assert list((tmp_path / "weights").iterdir()) == []

@@ -4,7 +4,6 @@ import ast
 import re
 
 import pytest
-import reference
 import timm
 import torch
 from conftest import ROOT
@@ -23,7 +22,6 @@ def test_code(code, tmp_path, monkeypatch, capsys):
         if library in code:
             pytest.importorskip(library, reason=f"{library} is not installed")
     capsys.readouterr()  # Ultralytics speaks of the settings that it makes where it has none
-    torch.save(dict(model=reference.random_state(0)), "container_light.pth")
     scope = {}
     exec(code, scope)
     printed = capsys.readouterr().out

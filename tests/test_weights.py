@@ -6,8 +6,10 @@ import os
 import pickle
 import random
 import shutil
+import signal
 import subprocess
 import sys
+import time
 
 import jsonschema
 import pytest
@@ -16,10 +18,10 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT, shared
-from server import PAGE
+from server import LFS, PAGE, Hub, running
 
-from container import files, weights
-from container.container import checkpoint_filter_fn
+from container import weights
+from container.container import checkpoint_filter_fn, default_cfgs
 
 RELEASED, OURS = "container_light.ai2_in1k", "container_light_nano_32.cifar10"
 PACKAGED = ROOT / "container" / "pretrained" / f"{OURS}.safetensors"
@@ -36,7 +38,6 @@ def test_manifest_follows_its_schema():
         assert f"{record['architecture']}.{record['tag']}" == name
         assert len(record["label_names"] or range(record["num_classes"])) == record["num_classes"]
         assert all(result["command"] or "authors" in result["measured_by"] for result in record["results"])
-    assert sorted({r["architecture"] for r in weights.manifest().values()}) == timm.list_models(module="container")
 
 
 @pytest.mark.parametrize(
@@ -48,14 +49,16 @@ def test_manifest_follows_its_schema():
         (OURS, dict(training=None)),
         (OURS, dict(file=None)),
         (OURS, dict(limits="")),
+        (OURS, dict(limits=None)),
         (OURS, dict(extra=1)),
         (OURS, dict(results=[dict(MANIFEST["weights"][OURS]["results"][0], value=101)])),
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], sha256=None))),
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], packaged=False))),
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], format="pth"))),
+        (OURS, dict(status="imported")),
         (RELEASED, dict(status="available")),
-        (RELEASED, dict(status="untrained")),
-        ("container.untrained", dict(results=MANIFEST["weights"][OURS]["results"])),
+        (RELEASED, dict(status="imported")),
+        (RELEASED, dict(limits=None)),
     ],
 )
 def test_schema_refuses(name, change):
@@ -72,13 +75,23 @@ def test_released_record_says_what_is_unknown():
     assert all(result["measured_by"].startswith("the paper's authors") for result in record["results"])
 
 
-@pytest.mark.parametrize("name", MANIFEST["weights"])
-def test_default_cfg_is_the_record(name):
-    cfg, record = timm.get_pretrained_cfg(name), weights.manifest()[name]
-    for key, value in record["input"].items():
-        assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
-    assert cfg.num_classes == record["num_classes"] and cfg.origin_url == record["origin_url"] and not cfg.url
-    assert timm.is_model_pretrained(name) == (record["status"] == "available")
+def test_cfgs_and_manifest_say_the_same():
+    """Each file on record has its cfg, with what the record says; every other cfg has no weights."""
+    assert sorted(default_cfgs) == timm.list_models(module="container")
+    registered = {f"{name}.{tag}" for name, cfgs in default_cfgs.items() for tag in cfgs.tags}
+    assert set(weights.manifest()) <= registered
+    for name in registered:
+        cfg, record = timm.get_pretrained_cfg(name), weights.manifest().get(name)
+        if record is None:
+            assert name.endswith(".untrained") and not cfg.has_weights and not cfg.label_names
+            continue
+        for key, value in record["input"].items():
+            assert getattr(cfg, key) == (tuple(value) if isinstance(value, list) else value)
+        assert cfg.num_classes == record["num_classes"] and cfg.origin_url == record["origin_url"] and not cfg.url
+        assert cfg.label_names == (tuple(record["label_names"]) if record["label_names"] else None)
+        assert cfg.license == record["license"]["weights"] or (cfg.license == "unknown" and name == RELEASED)
+        assert timm.is_model_pretrained(name) == (record["status"] == "available")
+        assert cfg.file == (str(PACKAGED) if record["file"]["packaged"] else None)
 
 
 def test_packaged_weights_are_those_of_the_record():
@@ -145,36 +158,26 @@ def served(server, place, monkeypatch):
 
 
 def test_downloaded_once(served, place):
-    state = safetensors.torch.load_file(PACKAGED)
-    served.limits = [10**6, 10**6]
     for _ in range(2):
-        assert torch.equal(load().head.fc.weight, state["head.fc.weight"])
-    assert served.asked == [None, "bytes=1000000-", "bytes=2000000-"]
-    assert [path.name for path in place.iterdir()] == [PACKAGED.name]
+        assert torch.equal(load().head.fc.weight, STATE["head.fc.weight"])
+    assert served.asked == 1 and [path.name for path in place.iterdir()] == [PACKAGED.name]
     load(cache_dir=place / "cache")
     assert (place / "cache" / PACKAGED.name).is_file()
 
 
-def test_from_the_hub(served, place, monkeypatch):
-    monkeypatch.setattr(
-        "container.weights.hf_hub_url", lambda repo, file: served.url if (repo, file) == ("o/n", PACKAGED.name) else ""
-    )
-    file = dict(weights.manifest()[OURS]["file"], url=None, hf_hub_id="o/n")
-    monkeypatch.setitem(weights.manifest()[OURS], "file", file)
-    load()
-    assert len(served.asked) == 1
-    assert weights.default_cfg(OURS)["hf_hub_id"] == "o/n" and not weights.default_cfg(OURS)["url"]
-
-
 @pytest.mark.parametrize(
-    "content, message",
+    "wrong, message",
     [
-        (PAGE, 'this is a web page, "Google Drive - Virus scan warning"'),
-        (PACKAGED.read_bytes()[:-1] + b"x", "has sha256"),
+        (dict(content=PAGE), 'is a web page, "Google Drive - Virus scan warning", not the weights'),
+        (dict(content=LFS), "is a pointer of Git LFS in place of the file"),
+        (dict(content=PACKAGED.read_bytes()[:-1] + b"x"), "has sha256"),
+        (dict(limit=10**6), "has 1000000 bytes, and the weights .* have 3685608"),
+        (dict(code=404), "HTTP Error 404: Not Found"),
+        (dict(code=503), "HTTP Error 503"),
     ],
 )
-def test_a_server_with_something_else(served, place, content, message):
-    served.content = content
+def test_a_server_with_something_else_leaves_nothing(served, place, wrong, message):
+    vars(served).update(wrong)
     with pytest.raises(RuntimeError, match=message) as error:
         load()
     file = weights.manifest()[OURS]["file"]
@@ -183,18 +186,76 @@ def test_a_server_with_something_else(served, place, content, message):
     assert list(place.iterdir()) == [] and "\n" not in str(error.value)
 
 
-def test_no_network_but_a_file_placed_by_hand(place, monkeypatch):
-    monkeypatch.setattr(files, "_PAUSE", 0.001)
-    with pytest.raises(RuntimeError, match=r"cannot download the weights .* no connection \(.*Without a network, put"):
+def test_no_network_but_a_file_placed_by_hand(place):
+    with pytest.raises(RuntimeError, match=r"cannot download the weights .* refused.* Without a network, put"):
         load()
     shutil.copy(PACKAGED, place)
-    assert torch.equal(load().norm.weight, safetensors.torch.load_file(PACKAGED)["norm.weight"])
+    assert torch.equal(load().norm.weight, STATE["norm.weight"])
     (place / PACKAGED.name).write_bytes(PACKAGED.read_bytes()[:-4])
     with pytest.raises(RuntimeError, match=r"has 3685604 bytes, and the weights .* have 3685608"):
         load()
     (place / PACKAGED.name).write_bytes(PAGE)
     with pytest.raises(RuntimeError, match=r"Virus scan warning.*not the weights"):
         load()
+    (place / PACKAGED.name).write_bytes(LFS)
+    with pytest.raises(RuntimeError, match=r"Git LFS.*not the weights"):
+        load()
+
+
+def python(code, *arguments, **environment):
+    """A process of its own."""
+    return subprocess.Popen(
+        [sys.executable, "-c", code, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(ROOT), **environment},
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def test_killed_in_the_middle(served, place):
+    """What is left of it is cleared away by the next who asks."""
+    served.pause = 0.05
+    code = "import sys, container, timm; container.weights.manifest()[sys.argv[1]]['file'].update(packaged=False, "
+    process = python(code + "url=sys.argv[2]); timm.create_model(sys.argv[1], pretrained=True)", OURS, served.url)
+    while not any(path.stat().st_size for path in place.glob("*.partial")):
+        assert process.poll() is None, process.communicate()
+        time.sleep(0.01)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    assert not (place / PACKAGED.name).exists()
+    served.pause = 0
+    load()
+    assert [path.name for path in place.iterdir()] == [PACKAGED.name]
+
+
+FROM_HUB = """
+import os, sys, container, timm
+container.weights.manifest()[sys.argv[1]]["file"].update(packaged=False, hf_hub_id="owner/name")
+for change in (lambda: None, lambda: eval(sys.argv[2])):
+    change()
+    try:
+        model = timm.create_model(sys.argv[1], pretrained=True)
+        print(model.head.fc.weight.data.double().sum())
+    except RuntimeError as error:
+        print(error)
+"""
+
+
+def test_from_the_hub(tmp_path):
+    """By its own client: token, cache, the switch that keeps it offline; and checked like any other file."""
+    environment = dict(HF_HOME=str(tmp_path / "home"), CONTAINER_WEIGHTS_DIR=str(tmp_path / "none"))
+    shutil.copy(PACKAGED, tmp_path)
+    expected = str(STATE["head.fc.weight"].double().sum())
+    with running(Hub(tmp_path, token="hf_secret")) as server:
+        environment["HF_ENDPOINT"] = server.url
+        process = python(FROM_HUB, OURS, "os.environ.update(HF_TOKEN='hf_secret')", **environment)
+        refused, printed = process.communicate(timeout=120)[0].splitlines()
+    assert refused.startswith(f"cannot download the weights {OURS} from owner/name: ") and printed == expected
+    (cached,) = (tmp_path / "home").rglob(f"snapshots/*/{PACKAGED.name}")
+    process = python(FROM_HUB, OURS, f"os.truncate({str(cached)!r}, 1000)", **environment, HF_HUB_OFFLINE="1")
+    printed, refused = process.communicate(timeout=120)[0].splitlines()
+    assert printed == expected and "has 1000 bytes, and the weights" in refused
 
 
 EIGHT = """
@@ -231,28 +292,15 @@ def test_eight_processes_at_once(served, place):
     )
     expected = sum(p.double().sum() for p in timm.create_model(OURS, pretrained=True).state_dict().values())
     assert result.stdout == f"{expected}\n", result.stderr
-    assert len(served.asked) == 1 and [path.name for path in place.iterdir()] == [PACKAGED.name]
+    assert served.asked == 1 and [path.name for path in place.iterdir()] == [PACKAGED.name]
 
 
-def test_the_released_file_placed_by_hand(place, caplog):
-    """Unverified, so its hash is shown; pinned, another one is refused."""
+def test_the_released_weights_are_loaded_when_they_are_pinned(place):
     for name in ("container_light", RELEASED):
-        with pytest.raises(RuntimeError, match=r"downloaded by hand.*https://drive.google.com/.* at .*\.ai2_in1k\.pth"):
+        with pytest.raises(RuntimeError, match=rf"`container weights fetch {RELEASED}` puts them there$"):
             timm.create_model(name, pretrained=True, device="meta")
-    path = place / f"{RELEASED}.pth"
-    torch.save(dict(model=reference.random_state(0)), path)
-    timm.create_model("container_light", pretrained=True)
-    digest = hashlib.sha256(path.read_bytes()).hexdigest()
-    assert f"is unverified: nobody published the hash of {RELEASED}. Its sha256 is {digest}" in caplog.text
-    caplog.clear()
-    subprocess.run(f"sha256sum {path} > {path}.sha256", shell=True, check=True)
-    timm.create_model("container_light", pretrained=True)
-    assert not caplog.text
-    torch.save(dict(model=reference.random_state(1)), path)
-    with pytest.raises(RuntimeError, match=rf"has sha256 .*, and .*\.pth\.sha256 says {digest}"):
-        timm.create_model("container_light", pretrained=True)
-    path.write_bytes(PAGE)
-    with pytest.raises(RuntimeError, match=r"Virus scan warning.*download the file itself, https://drive"):
+    safetensors.torch.save_file(STATE, place / f"{RELEASED}.safetensors")  # of which no record knows
+    with pytest.raises(RuntimeError, match=r"may be any file: `container weights import .* checks and pins it$"):
         timm.create_model("container_light", pretrained=True)
 
 
@@ -339,7 +387,7 @@ def other_model(path, rng):
 
 
 def no_weights(path, rng):
-    content = rng.choice([PAGE, b"", b"{}", b"PK\x03\x04", rng.randbytes(1000), b"version https://git-lfs.github.com"])
+    content = rng.choice([PAGE, b"", b"{}", b"PK\x03\x04", rng.randbytes(1000), LFS])
     path.write_bytes(content)
 
 
@@ -436,9 +484,9 @@ def test_other_sources_are_left_to_timm(tmp_path):
     given = dict(state_dict=state)
     model = timm.create_model("container_light_nano_32", pretrained=True, pretrained_cfg_overlay=given)
     assert torch.equal(model.head.fc.weight, state["head.fc.weight"])
-    assert weights.resolve("container_light", None, dict(url="https://example.org/x.pth")) == dict(
-        url="https://example.org/x.pth"
-    )
+    overlay = dict(url="https://example.org/x.pth")
+    given = weights.provide("container_light", dict(pretrained_cfg_overlay=overlay))
+    assert given == dict(pretrained_cfg_overlay=overlay)
 
 
 @pytest.mark.slow
@@ -450,7 +498,7 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     subprocess.run([*pip, "install", "--no-deps", "--target", tmp_path / "site", wheel], check=True, timeout=300)
     code = (
         "import container, timm; from container import weights; print(container.__file__); "
-        "print(len(timm.list_models('container*')), sorted(weights.manifest()), timm.list_pretrained('container*')); "
+        "print(len(timm.list_models('container*')), list(weights.manifest()), timm.list_pretrained('container*')); "
         f"timm.create_model('{OURS}', pretrained=True)"
     )
     result = subprocess.run(
@@ -462,4 +510,4 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
         check=True,
     )
     file, found = result.stdout.splitlines()
-    assert file.startswith(str(tmp_path / "site")) and found == f"13 {sorted(weights.manifest())} {[OURS]}"
+    assert file.startswith(str(tmp_path / "site")) and found == f"13 {list(weights.manifest())} {[OURS]}"

@@ -1,12 +1,12 @@
 """The zoo's table, and files of weights on their way in and out."""
 
+import argparse
+import io
 import json
 import os
 import subprocess
 import sys
-import threading
 from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
 
 import jsonschema
 import pytest
@@ -14,41 +14,67 @@ import reference
 import safetensors.torch
 import timm
 import torch
-from conftest import ROOT
+from conftest import ROOT, randomize
+from server import PAGE, Hub, Share, running
 from test_weights import OURS, PACKAGED, RELEASED, SCHEMA
 
 from container import weights, zoo
 
 
-def test_table_has_every_entry_and_only_measured_numbers():
+@pytest.fixture(autouse=True)
+def place(tmp_path, monkeypatch):
+    """The weights folder of a test."""
+    monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path / "weights"))
+    return tmp_path / "weights"
+
+
+def test_table_has_every_member_and_only_measured_numbers():
     rows = zoo.table(markdown=True).splitlines()
-    assert len(rows) == 2 + len(weights.manifest())
-    for row, record in zip(rows[2:], weights.manifest().values()):
+    assert len(rows) == 2 + len(timm.list_models(module="container"))
+    for row in rows[2:]:
         name, _, _, image, trained, _ = row.strip("| ").split(" | ")
-        assert name == f"`{record['architecture']}`" and image == f"{record['input']['input_size'][1]} px"
-        assert (trained == "none yet") == (record["status"] == "untrained")
+        cfg = timm.get_pretrained_cfg(name.strip("`"))
+        record = weights.manifest().get(f"{name.strip('`')}.{cfg.tag}", dict(results=[]))
+        assert image == f"{cfg.input_size[1]} px" and (trained == "none yet") == (not record["results"])
         for result in record["results"]:
             assert (str(result["value"]) in trained) == (result["metric"] == "top1")
     assert "; the paper's authors, README of the release); unverified" in rows[2]
 
 
-def test_released_layout_becomes_ours(tmp_path):
-    """Both sets of weights of a checkpoint; the file is what the record says, and gives the same answers."""
+def test_released_layout_becomes_ours(tmp_path, place):
+    """Either set of weights of a checkpoint; the file is what its record says, and gives the same answers."""
     model, averaged = reference.random_state(0), reference.random_state(1)
     torch.save(dict(model=model, model_ema=averaged, epoch=299), tmp_path / "released.pth")
     x = torch.randn(1, 3, 64, 64)
     for use_ema, state in ((None, model), (False, model), (True, averaged)):
-        out = tmp_path / f"{use_ema}.safetensors"
-        digest, record = zoo.convert(tmp_path / "released.pth", RELEASED, out, use_ema)
-        assert record["file"]["sha256"] == digest and record["file"]["bytes"] == out.stat().st_size
-        assert record["license"] == weights.manifest()[RELEASED]["license"] and record["file"]["layout"] == "container"
-        overlay = dict(file=str(out))
+        tag = f"ema_{use_ema}".lower()
+        path, record = zoo.convert(tmp_path / "released.pth", f"container_light.{tag}", use_ema=use_ema)
+        assert path == place / f"container_light.{tag}.safetensors"
+        assert record["file"]["sha256"] == weights.sha256_of(path) and record["file"]["bytes"] == path.stat().st_size
+        overlay = dict(file=str(path))
         ours = timm.create_model("container_light", pretrained=True, pretrained_cfg_overlay=overlay).eval()
         torch.testing.assert_close(ours(x), reference.forward(state, x)[0], atol=1e-4, rtol=1e-4)
 
 
-def test_a_run_becomes_a_record(tmp_path):
-    """What `train_imagenet.py` leaves; what it does not know is null, for people to fill in."""
+def test_an_import_says_nothing_that_it_was_not_told(tmp_path, place):
+    """No provenance of the architecture's other weights, whatever is imported; the schema takes the file as it is."""
+    for like, size, classes in (("container_light_nano_32", 32, 10), ("container_light", 224, 1000)):
+        torch.save(timm.create_model(like, num_classes=classes).state_dict(), tmp_path / "mine.pth")
+        _, record = zoo.convert(tmp_path / "mine.pth", f"{like}.mine")
+        jsonschema.validate(json.loads((place / f"{like}.mine.json").read_text()), SCHEMA)
+        assert record["status"] == "imported" and record["num_classes"] == classes
+        assert record["input"]["input_size"] == (3, size, size)
+        for key in ("trained_by", "date", "origin_url", "label_names", "training", "limits"):
+            assert record[key] is None
+        assert record["results"] == [] and set(record["license"].values()) == {None}
+    told = dict(trained_by="us", license="mit", data="our photos")
+    _, record = zoo.convert(tmp_path / "mine.pth", "container_light.told", **told)
+    jsonschema.validate(json.loads((place / "container_light.told.json").read_text()), SCHEMA)
+    assert (record["trained_by"], record["license"]["weights"], record["training"]["data"]) == tuple(told.values())
+
+
+def test_a_run_becomes_a_record(tmp_path, place):
+    """What `train_imagenet.py` leaves; what it does not know is null."""
     weights_of_run = timm.create_model("container_light_nano", num_classes=7).state_dict()
     safetensors.torch.save_file(weights_of_run, tmp_path / "model_best.safetensors")
     summary = dict(
@@ -60,18 +86,107 @@ def test_a_run_becomes_a_record(tmp_path):
     )
     (tmp_path / "summary.json").write_text(json.dumps(summary))
     name = "container_light_nano.seven"
-    _, record = zoo.convert(tmp_path / "model_best.safetensors", name, tmp_path / "out.safetensors")
-    assert record["num_classes"] == 7 and record["status"] == "available" and record["limits"] is None
+    _, record = zoo.convert(tmp_path / "model_best.safetensors", name, data="x")
+    jsonschema.validate(json.loads((place / f"{name}.json").read_text()), SCHEMA)
+    assert record["num_classes"] == 7 and record["limits"] is None
     assert record["training"]["hardware"] == "8 x NVIDIA H100, 1 threads" and record["training"]["time"] == "2.0 h"
-    assert record["training"]["command"] == "python train_imagenet.py --data-dir x"
+    assert (
+        record["training"]["command"] == "python train_imagenet.py --data-dir x" and record["training"]["data"] == "x"
+    )
     assert [result["value"] for result in record["results"]] == [50.0]
-    with pytest.raises(jsonschema.ValidationError):
-        jsonschema.validate(dict(weights={name: record}), SCHEMA)
-    record.update(limits="None.", trained_by="us", file=dict(record["file"], packaged=True))
-    record["license"] = dict(record["license"], weights="mit")
-    jsonschema.validate(dict(weights={name: record}), SCHEMA)
     torch.save(dict(state_dict=weights_of_run), tmp_path / "last.pth")  # whose accuracy the summary does not say
     assert zoo.convert(tmp_path / "last.pth", name, tmp_path / "out.safetensors")[1]["results"] == []
+
+
+def test_what_was_imported_is_a_tag_like_any_other(tmp_path, place):
+    """In the next process, for timm's registry too; held to its hash, and named once."""
+    mine = randomize(timm.create_model("container_light_nano", num_classes=7))
+    torch.save(mine.state_dict(), tmp_path / "mine.pth")
+    zoo.convert(tmp_path / "mine.pth", "container_light_nano.mine")
+    (place / "container_conv.broken.json").write_text("{}")
+    code = (
+        "import container, timm; model = timm.create_model('container_light_nano.mine', pretrained=True); "
+        "print(timm.list_pretrained('container_light_nano*'), model.num_classes, float(model.norm.weight.data.sum())); "
+        "features = timm.create_model('container_light_nano.mine', pretrained=True, features_only=True); "
+        "print(float(features.stem.proj.weight.data.sum()))"
+    )
+    environment = dict(os.environ, PYTHONPATH=str(ROOT), CONTAINER_WEIGHTS_DIR=str(place))
+    run = partial(subprocess.run, [sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    result = run()
+    first, second = result.stdout.splitlines()
+    assert first == f"['container_light_nano.mine', '{OURS}'] 7 {float(mine.norm.weight.data.sum())}"
+    assert second == str(float(mine.stem.proj.weight.data.sum()))
+    assert "no weights container_conv.broken: " in result.stderr and "delete it" in result.stderr
+    other = timm.create_model("container_light_nano", num_classes=7).state_dict()
+    torch.save(other, tmp_path / "mine.pth")
+    with pytest.raises(ValueError, match=r"container_light_nano.mine is pinned to sha256 .*: choose another tag"):
+        zoo.convert(tmp_path / "mine.pth", "container_light_nano.mine")
+    safetensors.torch.save_file(other, place / "container_light_nano.mine.safetensors", dict(format="pt"))
+    assert "has sha256" in run().stderr.splitlines()[-1]
+
+
+@pytest.fixture
+def share(tmp_path, monkeypatch):
+    """The share that `container weights fetch` brings the released weights from."""
+    with running(Share(tmp_path)) as share:
+        for key, value in share.environment.items():
+            monkeypatch.setenv(key, value)
+        yield share
+
+
+def released(state, **others):
+    file = io.BytesIO()
+    torch.save(dict(model=state, **others), file)
+    return file.getvalue()
+
+
+def test_fetch(share, place):
+    """Through the page about viruses, of both sets of weights the evaluated ones; pinned at first sight."""
+    state = reference.random_state(0)
+    share.content = released(state, model_ema=reference.random_state(1), args=argparse.Namespace(lr=1))
+    path = zoo.fetch(RELEASED)
+    assert share.asked == ["1WMOWoxTX7AQDCbfMYh7naqIHube3K85A"] * 2
+    assert sorted(file.name for file in place.iterdir()) == [f"{RELEASED}.json", f"{RELEASED}.safetensors"]
+    jsonschema.validate(json.loads(path.with_suffix(".json").read_text()), SCHEMA)
+    x = torch.randn(1, 3, 64, 64)
+    model = timm.create_model("container_light", pretrained=True).eval()
+    torch.testing.assert_close(model(x), reference.forward(state, x)[0], atol=1e-4, rtol=1e-4)
+    features = timm.create_model("container_light", pretrained=True, features_only=True).eval()
+    torch.testing.assert_close(features(x)[-1], model.forward_intermediates(x, norm=False)[1][-1])
+
+    share.content = released(state)  # the same weights in another file
+    path.unlink()
+    with pytest.raises(RuntimeError, match=rf"`container weights fetch {RELEASED}` puts them there"):
+        timm.create_model("container_light", pretrained=True)
+    assert zoo.fetch(RELEASED) == path and path.is_file()
+    share.content = released(reference.random_state(1))
+    path.unlink()
+    with pytest.raises(ValueError, match=rf"{RELEASED} is pinned to sha256 "):
+        zoo.fetch(RELEASED)
+    assert [file.name for file in place.iterdir()] == [f"{RELEASED}.json"]
+
+
+@pytest.mark.parametrize(
+    "content, error, message",
+    [
+        (b"", "Too many users have viewed or downloaded this file recently.", "Too many users have viewed"),
+        (PAGE, "", "is a web page, .*, not a checkpoint"),
+        (b"x" * 1000, "", "is not a checkpoint that can be loaded"),
+        (released({}), "", "does not fit container_light: 391 missing"),
+        (released({**reference.random_state(0), "head.bias": torch.full((1000,), torch.nan)}), "", "1000 numbers that"),
+        (
+            released(reference.random_state(0) | {"head.bias": torch.ones(21)}),
+            "",
+            r"head.fc.bias \(21,\) for \(1000,\)",
+        ),
+        (PACKAGED.read_bytes(), "", "is not a checkpoint that can be loaded"),
+    ],
+)
+def test_fetch_takes_nothing_else(share, place, content, error, message):
+    share.content, share.error = content, error
+    with pytest.raises((OSError, RuntimeError, ValueError), match=message) as caught:
+        zoo.fetch(RELEASED)
+    assert list(place.iterdir()) == [] and "\n" not in str(caught.value)
 
 
 @pytest.mark.parametrize(
@@ -86,12 +201,12 @@ def test_what_does_not_fit_is_not_converted(tmp_path, name, message):
     torch.save(timm.create_model("container_light_nano_32", num_classes=7).state_dict(), tmp_path / "file.pth")
     with pytest.raises(ValueError, match=message):
         zoo.convert(tmp_path / "file.pth", name, tmp_path / "out.safetensors")
-    assert not (tmp_path / "out.safetensors").exists()
+    assert [path.name for path in tmp_path.iterdir()] == ["file.pth"]
 
 
 def test_matrices_of_another_image_size_are_not_resampled_on_the_way(tmp_path):
     torch.save(timm.create_model("container_mixer", img_size=64).state_dict(), tmp_path / "file.pth")
-    with pytest.raises(ValueError, match=r"stages.0.blocks.0.aggregation.static.left .* another image size"):
+    with pytest.raises(ValueError, match=r"static.left is \(1, 256, 16\), not \(1, 3136, 16\)"):
         zoo.convert(tmp_path / "file.pth", "container_mixer.x", tmp_path / "out.safetensors")
 
 
@@ -112,34 +227,16 @@ def test_export_is_loaded_by_local_dir(tmp_path):
         zoo.export(OURS, folder)
 
 
-class Hub(SimpleHTTPRequestHandler):
-    """A folder as the Hugging Face Hub serves a repository, at OWNER/NAME/resolve/REVISION/FILE."""
-
-    def translate_path(self, path):
-        return os.path.join(self.directory, path.rpartition("/")[2])
-
-    def end_headers(self):
-        self.send_header("ETag", f'"{self.path.rpartition("/")[2]}"')
-        self.send_header("X-Repo-Commit", "0" * 40)
-        super().end_headers()
-
-    def log_message(self, *_):
-        pass
-
-
 def test_export_is_loaded_from_a_hub(tmp_path):
     zoo.export(OURS, tmp_path / "export")
-    with ThreadingHTTPServer(("127.0.0.1", 0), partial(Hub, directory=tmp_path / "export")) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
+    with running(Hub(tmp_path / "export")) as server:
         code = (
             "import container, timm; model = timm.create_model('hf-hub:owner/name', pretrained=True); "
             "print(sum(t.double().sum().item() for t in model.state_dict().values()))"
         )
-        environment = dict(os.environ, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "home"))
-        environment["HF_ENDPOINT"] = f"http://127.0.0.1:{server.server_port}"
+        environment = dict(os.environ, PYTHONPATH=str(ROOT), HF_HOME=str(tmp_path / "home"), HF_ENDPOINT=server.url)
         result = subprocess.run(
             [sys.executable, "-c", code], env=environment, capture_output=True, text=True, timeout=120
         )
-        server.shutdown()
     state = timm.create_model(OURS, pretrained=True).state_dict()
     assert result.stdout == f"{sum(t.double().sum().item() for t in state.values())}\n", result.stderr
