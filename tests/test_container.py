@@ -11,7 +11,7 @@ import reference
 import timm
 import torch
 import torch.nn.functional as F
-from conftest import randomize, shared
+from conftest import ROOT, randomize
 from timm.layers import make_divisible, set_fused_attn
 from timm.models import save_for_hf
 from timm.models._input import get_model_input_config
@@ -28,6 +28,8 @@ FREE = [n for n in NAMES if n not in FIXED]
 
 # One block per stage and few channels, for what does not depend on size.
 SMALL = dict(depths=(1, 2, 1, 1), embed_dims=(8, 16, 24, 32), num_heads=(1, 2, 3, 4), num_classes=7)
+
+DATA = ROOT / "tests" / "data"  # the authors' answers; synthetic_checkpoint.py says what they are
 
 # Members that differ in depth, width and MLP ratio alone from another; SMALL makes them that other one.
 TWINS = dict(
@@ -122,7 +124,7 @@ def test_default_cfg(name):
     cfg = timm.get_pretrained_cfg(name)
     assert (cfg.crop_pct, cfg.interpolation) == (1.0 if name.endswith("_32") else 0.875, "bicubic")
     assert cfg.mean == timm.data.IMAGENET_DEFAULT_MEAN and cfg.std == timm.data.IMAGENET_DEFAULT_STD
-    assert timm.get_pretrained_cfg("container_light").license == "unknown"
+    assert cfg.license == ("unknown" if name == "container_light" else "apache-2.0")
 
 
 # Image sizes
@@ -281,6 +283,7 @@ def test_init_after_to_empty(name):
             if t.is_floating_point():
                 t.fill_(float("nan"))
     model.init_weights()
+    assert model.head.fc.weight.std().item() == pytest.approx(0.02, rel=0.05) and not model.head.fc.bias.any()
     fresh = timm.create_model(name)
     for (key, a), b in zip(model.state_dict().items(), fresh.state_dict().values(), strict=True):
         assert a.isfinite().all(), key
@@ -367,7 +370,15 @@ def exportable(name):
 
 @pytest.mark.parametrize("name", TWINS)
 def test_twins(name):
-    assert repr(timm.create_model(name, **SMALL)) == repr(timm.create_model(TWINS[name], **SMALL))
+    """At one size the two are one network, so what is tested of one at small sizes holds for the other."""
+    one = randomize(timm.create_model(name, **SMALL)).eval()
+    other = timm.create_model(TWINS[name], **SMALL).eval()
+    other.load_state_dict(one.state_dict())
+    x = images(2, 3, 33, 64)
+    assert torch.equal(one(x), other(x))
+    assert [(key, type(module)) for key, module in one.named_modules()] == [
+        (key, type(module)) for key, module in other.named_modules()
+    ]
 
 
 @every_small
@@ -573,7 +584,7 @@ def released(tmp_path_factory):
 def test_reference_has_the_released_layout():
     shapes = reference.layout()
     assert len(shapes) == 422
-    assert {k: list(s) for k, s in shapes.items()} == json.loads(shared("parity/layout.json").read_text())
+    assert {k: list(s) for k, s in shapes.items()} == json.loads((DATA / "layout.json").read_text())
 
 
 @pytest.mark.parametrize("size", [(224, 224), (96, 160)])
@@ -590,6 +601,16 @@ def test_released_checkpoint_gives_the_reference_answers(released, size):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * b.abs().max().item())
     for a, b in zip(load(path, features_only=True).eval()(x), maps, strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=2e-4 * b.abs().max().item())
+
+
+@torch.no_grad()
+def test_reference_answers_to_the_last_digits(released):
+    """In double, on an image nearly constant within patches, where every norm's epsilon counts."""
+    state = {key: tensor.double() for key, tensor in released[0].items()}
+    patches = torch.randn(1, 3, 16, 16, dtype=torch.double).repeat_interleave(4, 2).repeat_interleave(4, 3)
+    x = 1e-3 * (patches + 0.01 * torch.randn(1, 3, 64, 64, dtype=torch.double))
+    logits, _ = reference.forward(state, x)
+    torch.testing.assert_close(load(released[1]).double().eval()(x), logits, rtol=1e-9, atol=1e-9)
 
 
 @torch.no_grad()
@@ -625,10 +646,10 @@ def test_weights_are_held_once(released):
 
 def test_authors_answers(tmp_path):
     """Logits, stage means, training loss and gradient norms of the authors' network on a synthetic checkpoint."""
-    spec = importlib.util.spec_from_file_location("synthetic", shared("parity/synthetic_checkpoint.py"))
+    spec = importlib.util.spec_from_file_location("synthetic", DATA / "synthetic_checkpoint.py")
     synthetic = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(synthetic)
-    golden = np.load(shared("parity/golden_light_seed0.npz"))
+    golden = np.load(DATA / "golden_light_seed0.npz")
     state = {k: torch.from_numpy(v) for k, v in synthetic.synthetic_state_dict(0).items()}
     torch.save(dict(model=state), tmp_path / "weights.pth")
     x = torch.from_numpy(synthetic.image_batch(0))

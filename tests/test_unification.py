@@ -6,7 +6,6 @@ import numpy as np
 import pytest
 import test_affinity
 import test_figures
-import torch
 from conftest import ROOT
 from PIL import Image
 
@@ -62,4 +61,3 @@ def test_a_wrong_one_would_fail(read, monkeypatch):
     for check in (test_affinity.test_kernel_equals_formula, test_affinity.test_probe_equals_formula):
         with pytest.raises(AssertionError):
             check("wrong", (4, 7))
-    assert torch.is_tensor(scope["y"])
