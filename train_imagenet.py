@@ -13,9 +13,10 @@ import argparse
 import json
 import math
 import os
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional, Sequence, Tuple, Type
+from typing import Any
 
 import timm
 import torch
@@ -42,7 +43,7 @@ from container.training import (
 RECIPES = Path(__file__).parent / "recipes"
 
 
-def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
+def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Reads the recipe and the command line.
 
     Args:
@@ -139,7 +140,7 @@ def parse_args(argv: Optional[Sequence[str]] = None) -> argparse.Namespace:
 
 def build_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for, with the weights asked for."""
-    options: Dict[str, Any] = {}
+    options: dict[str, Any] = {}
     cfg = get_pretrained_cfg(args.model)
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = args.img_size  # others take any size, and some no such argument
@@ -161,7 +162,7 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def open_data(args: argparse.Namespace) -> Tuple[Any, Any, int]:
+def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     """Training data (None for --eval of a folder), validation data, number of classes."""
     if args.eval and args.data_dir and not args.dataset:
         return (None, *open_validation(args.data_dir))
@@ -225,7 +226,7 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
 
 
 @contextmanager
-def one_line(*errors: Type[BaseException]) -> Iterator[None]:
+def one_line(*errors: type[BaseException]) -> Iterator[None]:
     """Ends the process with one line for errors that are the user's, or the machine's."""
     try:
         yield
@@ -234,7 +235,7 @@ def one_line(*errors: Type[BaseException]) -> Iterator[None]:
         raise SystemExit(f"train_imagenet.py: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
 
 
-def main(argv: Optional[Sequence[str]] = None) -> float:
+def main(argv: Sequence[str] | None = None) -> float:
     """Trains or evaluates in this process, alone or as one of those that torchrun started.
 
     Args:

@@ -24,10 +24,11 @@ import signal
 import statistics
 import threading
 import time
+from collections.abc import Iterator
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
 from pathlib import Path
-from typing import Any, Dict, Iterator, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -45,7 +46,7 @@ from . import measure
 
 BASE = "container_nano"
 ATTENTION_LAST = ("none", "none", "none", "attention")
-MEMBERS: Dict[str, Dict[str, Any]] = {
+MEMBERS: dict[str, dict[str, Any]] = {
     "attention": dict(dynamic="attention", static="none"),
     "conv": dict(dynamic="none", static="conv"),
     "mixer": dict(dynamic="none", static="matrix", num_heads=1),
@@ -84,7 +85,7 @@ class Recipe(NamedTuple):
 SHORT = Recipe(images=5000, test_images=2500, batch_size=64)
 
 
-def splits(folder: str) -> Tuple[Path, Path]:
+def splits(folder: str) -> tuple[Path, Path]:
     """`train`, and `val` or `test`, of an ImageNet-layout folder.
 
     Raises:
@@ -105,13 +106,13 @@ def load(folder: str, images: int, test_images: int) -> Data:
         SystemExit: There is no such folder, fewer images than classes are asked for, or the images are neither all
             32 x 32 nor all 64 x 64.
     """
-    found: List[Tensor] = []
+    found: list[Tensor] = []
     for split, wanted in zip(splits(folder), (images, test_images), strict=True):
         dataset = ImageFolder(str(split))
         limit = wanted // len(dataset.classes)  # of each class
         if wanted and limit < 1:
             raise SystemExit(f"affinity_study: {wanted} images are not one of each of {len(dataset.classes)} classes")
-        taken: Dict[int, int] = {}
+        taken: dict[int, int] = {}
         pixels, labels = [], []
         for path, label in dataset.samples:
             taken[label] = taken.get(label, 0) + 1
@@ -145,7 +146,7 @@ def build(name: str, classes: int, size: int, width: float) -> nn.Module:
         return timm.create_model("convnext_atto", num_classes=classes, patch_size=size // 16, dims=widths)
     if name == "deit":  # heads of dimension 16, as ours
         heads = widths[3] // 16
-        options: Dict[str, Any] = dict(img_size=size, patch_size=size // 8, embed_dim=widths[3], num_heads=heads)
+        options: dict[str, Any] = dict(img_size=size, patch_size=size // 8, embed_dim=widths[3], num_heads=heads)
         return timm.create_model("deit_tiny_patch16_224", num_classes=classes, **options)
     patches = (size // 16, 2, 2, 2)
     return timm.create_model(
@@ -188,7 +189,7 @@ def augment(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
 
 def train(
     model: nn.Module, seed: int, data: Data, recipe: Recipe, device: torch.device, label: str
-) -> Iterator[Dict[str, Any]]:
+) -> Iterator[dict[str, Any]]:
     """Trains a model and yields an entry after each epoch: its loss, the accuracy behind it, its seconds.
 
     Args:
@@ -245,7 +246,7 @@ def train(
         yield dict(epoch=epoch + 1, train_loss=loss_mean, top1=top1, seconds=seconds)
 
 
-def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> Dict[str, Any]:
+def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> dict[str, Any]:
     """Trains one member with one seed; the data are on the device.
 
     Returns:
@@ -293,7 +294,7 @@ def _finish(file: Path, folder: str, name: str, seed: int, recipe: Recipe, devic
     write_atomically(file, json.dumps(result, indent=1).encode())
 
 
-def interval(values: List[float]) -> Tuple[float, float]:
+def interval(values: list[float]) -> tuple[float, float]:
     """(mean, half of the 95 % interval by Student's t); infinite for one value."""
     from scipy.stats import t
 
@@ -303,23 +304,23 @@ def interval(values: List[float]) -> Tuple[float, float]:
     return statistics.mean(values), float(half)
 
 
-def _shown(values: List[float], digits: int = 2) -> str:
+def _shown(values: list[float], digits: int = 2) -> str:
     mean, half = interval(values)
     return f"{mean:.{digits}f}" + (f" ± {half:.{digits}f}" if half < float("inf") else "")
 
 
-def first_epoch(history: List[Dict[str, Any]], top1: float) -> Optional[int]:
+def first_epoch(history: list[dict[str, Any]], top1: float) -> int | None:
     """The first epoch whose accuracy is at least that, or None."""
     return next((entry["epoch"] for entry in history if entry["top1"] >= top1), None)
 
 
-def table(runs: List[Dict[str, Any]]) -> str:
+def table(runs: list[dict[str, Any]]) -> str:
     """One line a member: last accuracy, how far above either half alone, seed by seed, epochs to attention's last."""
-    by_member: Dict[str, Dict[int, Dict[str, Any]]] = {}
+    by_member: dict[str, dict[int, dict[str, Any]]] = {}
     for one in runs:
         by_member.setdefault(one["member"], {})[one["seed"]] = one
 
-    def last(member: str) -> Dict[int, float]:
+    def last(member: str) -> dict[int, float]:
         return {seed: one["history"][-1]["top1"] for seed, one in by_member.get(member, {}).items()}
 
     def over(member: str, other: str) -> str:
@@ -375,7 +376,7 @@ def report(out: Path) -> None:
     print(text)
 
 
-def draw(runs: List[Dict[str, Any]], path: Path) -> None:
+def draw(runs: list[dict[str, Any]], path: Path) -> None:
     """Accuracy over epochs, mean and range of the seeds, and alpha and beta by depth, into a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -419,7 +420,7 @@ def draw(runs: List[Dict[str, Any]], path: Path) -> None:
     figure.savefig(path, dpi=120)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Does the runs that are not done, then the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.affinity_study",

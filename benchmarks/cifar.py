@@ -11,7 +11,7 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import timm
 import torch
@@ -50,7 +50,7 @@ def epoch_seconds(model: nn.Module, data: study.Data, recipe: study.Recipe, devi
     return second / share
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Trains, and writes `cifar.json` and `MODEL.safetensors` with --out, after every epoch."""
     start = time.perf_counter()
     parser = argparse.ArgumentParser(
@@ -89,7 +89,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         epochs = max(1, int(0.9 * (args.seconds - (time.perf_counter() - start)) / epoch))
         print(f"  {epoch:.2f} s an epoch: {epochs} fit in {args.seconds:.0f} s", file=sys.stderr)
     recipe = recipe._replace(epochs=epochs, warmup_epochs=min(5, epochs // 4))
-    record: Dict[str, Any] = dict(
+    record: dict[str, Any] = dict(
         environment=measure.environment(device),
         model=args.model,
         data=data.name,

@@ -13,9 +13,10 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Sequence
 from importlib.metadata import PackageNotFoundError, requires, version
 from pathlib import Path
-from typing import Any, Dict, List, NamedTuple, Optional, Sequence, Set
+from typing import Any, NamedTuple
 
 from .workers import descendants, kill
 
@@ -38,17 +39,17 @@ class Step(NamedTuple):
     name: str
     seconds: float  # its limit
     least: float  # it is left out where less is left
-    commands: List[List[str]]
+    commands: list[list[str]]
 
 
 def plan(
     out: Path,
     seconds: float,
     rehearse: bool,
-    released: Optional[str],
-    data: Optional[str],
+    released: str | None,
+    data: str | None,
     names: Sequence[str] = STEPS,
-) -> List[Step]:
+) -> list[Step]:
     """Steps of those names, in order of worth.
 
     Args:
@@ -69,31 +70,31 @@ def plan(
         train += ["released:amp", "released:amp+channels_last+compile"]
         latency += ["released:amp"]
 
-    def small(entries: List[str]) -> List[str]:
+    def small(entries: list[str]) -> list[str]:
         if not rehearse:
             return entries
         pairs = [entry.partition(":") for entry in entries if not entry.startswith("released") and graph not in entry]
         return list(dict.fromkeys(f"{STAND_INS[name]}:{settings}" for name, _, settings in pairs))
 
-    def command(module: str, *words: object) -> List[str]:
+    def command(module: str, *words: object) -> list[str]:
         return [sys.executable, "-m", module, *map(str, words)]
 
-    def measured(module: str, batch: int, *words: object) -> List[str]:
+    def measured(module: str, batch: int, *words: object) -> list[str]:
         where = ["--device", "cpu" if rehearse else "cuda", "--out", out]
         return command(f"benchmarks.{module}", *words, "--batch-size", 2 if rehearse else batch, *where)
 
-    def speed(work: str, entries: List[str], batch: int, jobs: int) -> List[str]:
-        turns: List[object] = ["--rounds", 7, "--seconds", 0.25, "--jobs", jobs]
+    def speed(work: str, entries: list[str], batch: int, jobs: int) -> list[str]:
+        turns: list[object] = ["--rounds", 7, "--seconds", 0.25, "--jobs", jobs]
         if rehearse:
             turns = ["--rounds", 1, "--seconds", 0, "--jobs", 2, "--backend", "aot_eager"]
         source = ["--released", released] if released and not rehearse else []
         rest = ["--budget", "{left}", "--work", work, "--name", work]
         return measured("speed", batch, *small(entries), *size, *turns, *source, *rest)
 
-    size: List[object] = ["--img-size", 32] if rehearse else []
+    size: list[object] = ["--img-size", 32] if rehearse else []
     light, trained = small([ours[0]])[0], small(["container_light:amp+channels_last"])[0]
-    rounds: List[object] = ["--rounds", 1, "--seconds", 0] if rehearse else ["--rounds", 3, "--seconds", 0.2]
-    parts: List[object] = ["--rounds", 1, "--seconds", 0, *(["--stages", 4] if rehearse else ["--dtype", "bfloat16"])]
+    rounds: list[object] = ["--rounds", 1, "--seconds", 0] if rehearse else ["--rounds", 3, "--seconds", 0.2]
+    parts: list[object] = ["--rounds", 1, "--seconds", 0, *(["--stages", 4] if rehearse else ["--dtype", "bfloat16"])]
     pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
@@ -128,11 +129,11 @@ def plan(
 # ---------------------------------------------------------------------------------------------------------- the check
 
 
-def check(rehearse: bool, released: Optional[str], data: Optional[str]) -> Dict[str, Any]:
+def check(rehearse: bool, released: str | None, data: str | None) -> dict[str, Any]:
     """What is here, and in `missing` what is not and has to be."""
     from packaging.requirements import Requirement
 
-    found: Dict[str, Any] = dict(python=sys.version.split()[0], missing=[])
+    found: dict[str, Any] = dict(python=sys.version.split()[0], missing=[])
     try:
         needed = [Requirement(line) for line in requires(PROJECT) or []]
     except PackageNotFoundError:
@@ -165,7 +166,7 @@ def check(rehearse: bool, released: Optional[str], data: Optional[str]) -> Dict[
 # ------------------------------------------------------------------------------------------------------------ running
 
 
-def kill_descendants(spared: Set[int]) -> None:
+def kill_descendants(spared: set[int]) -> None:
     """Ends everything that this process has started and that still runs, but for those."""
     for _ in range(50):
         left = set(descendants(os.getpid())) - spared
@@ -175,7 +176,7 @@ def kill_descendants(spared: Set[int]) -> None:
         time.sleep(0.02)
 
 
-def execute(command: List[str], seconds: float, log: Path, environment: Dict[str, str]) -> Dict[str, Any]:
+def execute(command: list[str], seconds: float, log: Path, environment: dict[str, str]) -> dict[str, Any]:
     """Runs a command, shows and keeps what it prints, and kills it at its limit.
 
     Returns:
@@ -202,7 +203,7 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
         reader = threading.Thread(target=copy, daemon=True)
         reader.start()
         try:
-            code: Optional[int] = process.wait(timeout=max(0.0, seconds))
+            code: int | None = process.wait(timeout=max(0.0, seconds))
         except subprocess.TimeoutExpired:
             code = None
         kill_descendants(before)
@@ -214,7 +215,7 @@ def execute(command: List[str], seconds: float, log: Path, environment: Dict[str
     return dict(outcome=outcome, code=code, seconds=round(time.perf_counter() - start, 1), said=said)
 
 
-def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str]) -> Dict[str, Any]:
+def run(steps: list[Step], out: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
     """Runs steps until the time is over, and writes `summary.json` after each.
 
     Args:
@@ -253,13 +254,13 @@ def run(steps: List[Step], out: Path, seconds: float, environment: Dict[str, str
     return records
 
 
-def summary(out: Path) -> Dict[str, Any]:
+def summary(out: Path) -> dict[str, Any]:
     """What calls before have left in `summary.json`, by step."""
     file = out / "summary.json"
     return json.loads(file.read_text())["steps"] if file.is_file() else {}
 
 
-def left_to_do(out: Path, only: Optional[Sequence[str]]) -> List[str]:
+def left_to_do(out: Path, only: Sequence[str] | None) -> list[str]:
     """The steps asked for by name, or all that are not done."""
     before = summary(out)
     return [name for name in STEPS if (name in only if only else before.get(name, {}).get("outcome") != "done")]
@@ -278,14 +279,14 @@ def make_images(folder: Path) -> None:
                 Image.frombytes("RGB", (32, 32), pixels).save(folder / split / name / f"{i}.png")
 
 
-def write(out: Path, records: Dict[str, Any]) -> None:
+def write(out: Path, records: dict[str, Any]) -> None:
     """Writes `summary.json`."""
     temporary = out / "summary.json.tmp"
     temporary.write_text(json.dumps(dict(steps=records), indent=1) + "\n")
     temporary.replace(out / "summary.json")
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Checks the machine, runs the plan, and says what ran and what was left."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)

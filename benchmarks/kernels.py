@@ -8,14 +8,14 @@ PyTorch's operators. "busy" is the share of the step in which the device compute
 
 import argparse
 import sys
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import torch
 
 from . import measure, speed
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Profiles, prints the longest kernels, and writes all of them to `kernels.json` with --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -34,7 +34,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     entries, device = speed.parse(args.entries), measure.pick_device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(device)
-    record: Dict[str, Any] = dict(environment=measure.environment(device), rows=[])
+    record: dict[str, Any] = dict(environment=measure.environment(device), rows=[])
     record |= dict(work=args.work, batch_size=args.batch_size, img_size=args.img_size, steps=args.steps)
     print(measure.device_name(record["environment"]), file=sys.stderr)
     for entry in entries:

@@ -8,8 +8,9 @@ import platform
 import statistics
 import subprocess
 import sys
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, Optional, Sequence, Tuple, Union
+from typing import Any
 
 import timm
 import torch
@@ -23,7 +24,7 @@ from container.files import write_atomically
 Work = Callable[[], Any]
 
 
-def interleave(works: Dict[str, Work], rounds: int, seconds: float) -> Dict[str, List[float]]:
+def interleave(works: dict[str, Work], rounds: int, seconds: float) -> dict[str, list[float]]:
     """Times works by turns, so that whatever slows the machine down for a while slows all of them.
 
     Each is called once to warm up, then as often a turn as fills the given time; which one begins a round changes.
@@ -45,7 +46,7 @@ def interleave(works: Dict[str, Work], rounds: int, seconds: float) -> Dict[str,
         timer.timeit(1)
         once = timer.timeit(1).mean
         calls[name] = max(1, math.ceil(seconds / once)) if once else 1000
-    times: Dict[str, List[float]] = {name: [] for name in works}
+    times: dict[str, list[float]] = {name: [] for name in works}
     names = list(works)
     for i in range(rounds):
         start = i % len(names)
@@ -69,7 +70,7 @@ def device_seconds(work: Work, device: torch.device, calls: int = 5) -> float:
     return sum(seconds for _, seconds, _ in kernels(work, device, calls)) / calls
 
 
-def kernels(work: Work, device: torch.device, calls: int) -> List[Tuple[str, float, int]]:
+def kernels(work: Work, device: torch.device, calls: int) -> list[tuple[str, float, int]]:
     """(name, seconds, runs) of everything that a device ran in some calls, the longest first, by torch.profiler.
 
     On a GPU these are its kernels and copies; on a CPU PyTorch's operators, each without those that it calls.
@@ -90,7 +91,7 @@ def kernels(work: Work, device: torch.device, calls: int) -> List[Tuple[str, flo
     return sorted(found, key=lambda one: -one[1])
 
 
-def spread(values: Sequence[float]) -> Tuple[float, float, float]:
+def spread(values: Sequence[float]) -> tuple[float, float, float]:
     """(first quartile, median, third quartile)."""
     if len(values) < 2:
         return values[0], values[0], values[0]
@@ -98,12 +99,12 @@ def spread(values: Sequence[float]) -> Tuple[float, float, float]:
     return low, median, high
 
 
-def ratios(reference: Sequence[float], values: Sequence[float]) -> List[float]:
+def ratios(reference: Sequence[float], values: Sequence[float]) -> list[float]:
     """How many times faster than the reference, round by round."""
     return [a / b for a, b in zip(reference, values, strict=True)]
 
 
-def peak_memory(work: Work, device: torch.device) -> Optional[int]:
+def peak_memory(work: Work, device: torch.device) -> int | None:
     """Bytes in use at most during one call, above what was in use before it.
 
     On a GPU by PyTorch's allocator; on a CPU by Linux, which counts resident pages. None where neither can be asked.
@@ -132,9 +133,9 @@ def _resident(field: str) -> int:
     raise OSError(f"no {field} in /proc/self/status")
 
 
-def environment(device: torch.device) -> Dict[str, Any]:
+def environment(device: torch.device) -> dict[str, Any]:
     """The device, and the versions and settings that a measurement depends on."""
-    record: Dict[str, Any] = {
+    record: dict[str, Any] = {
         "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "cpu": _cpu(),
         "threads": torch.get_num_threads(),
@@ -160,7 +161,7 @@ def environment(device: torch.device) -> Dict[str, Any]:
     return record
 
 
-def _nvidia_smi() -> Dict[str, str]:
+def _nvidia_smi() -> dict[str, str]:
     """Driver, clocks and power of the GPUs at this moment, as nvidia-smi prints them."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
@@ -181,7 +182,7 @@ def _cpu() -> str:
     return f"{names[0]}, {len(names)} processors" if names else f"{platform.processor()}, {os.cpu_count()} processors"
 
 
-def device_name(record: Dict[str, Any]) -> str:
+def device_name(record: dict[str, Any]) -> str:
     """One line about where a measurement was made."""
     where = record.get("gpu") or f"{record['cpu']}, {record['cpu_capability']}, {record['threads']} threads"
     return f"{where}; torch {record['torch']}, timm {record['timm']}"
@@ -201,7 +202,7 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
     return "\n".join([lines[0], rule, *lines[1:]])
 
 
-def save(out: Union[str, Path], name: str, record: Dict[str, Any]) -> Path:
+def save(out: str | Path, name: str, record: dict[str, Any]) -> Path:
     """Writes a record as `NAME.json` into a folder, making it; returns the path without its suffix.
 
     What is measured bit by bit is saved bit by bit, so that nothing is lost when it is stopped: a file is whole or old.

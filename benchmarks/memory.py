@@ -11,7 +11,7 @@ import copy
 import sys
 import time
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Tuple
+from typing import Any
 
 import timm
 import torch
@@ -24,7 +24,7 @@ from . import measure
 SIZES = ["224x224", "320x320", "448x448", "640x640", "800x800", "800x1344"]
 
 
-def parse(word: str) -> Tuple[int, int]:
+def parse(word: str) -> tuple[int, int]:
     """`HxW` to (H, W).
 
     Raises:
@@ -36,7 +36,7 @@ def parse(word: str) -> Tuple[int, int]:
     return int(height), int(width)
 
 
-def line(x: List[float], y: List[float]) -> Tuple[float, float, float]:
+def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
     """(slope, intercept, R^2) of the least-squares line through the points."""
     mx, my = sum(x) / len(x), sum(y) / len(y)
     sxx = sum((a - mx) ** 2 for a in x)
@@ -45,7 +45,7 @@ def line(x: List[float], y: List[float]) -> Tuple[float, float, float]:
     return slope, my - slope * mx, 1 - residual / sum((b - my) ** 2 for b in y)
 
 
-def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> Dict[str, Any]:
+def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> dict[str, Any]:
     """Peak memory above the weights, and the median time, of one image.
 
     Args:
@@ -64,7 +64,7 @@ def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> Dict
         model.zero_grad()
 
     peak = measure.peak_memory(work, image.device)
-    times: List[float] = []
+    times: list[float] = []
     while not times or sum(times) < seconds:
         start = time.perf_counter()
         work()
@@ -74,7 +74,7 @@ def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> Dict
     return {"peak_memory": peak, "seconds": times}
 
 
-def draw(record: Dict[str, Any], path: Path) -> None:
+def draw(record: dict[str, Any], path: Path) -> None:
     """Memory and time against tokens of the first stage, forward and with backward."""
     import matplotlib
 
@@ -105,7 +105,7 @@ def draw(record: Dict[str, Any], path: Path) -> None:
     plt.close(figure)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures, prints, and writes `memory.json` and `memory.png` with --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -123,7 +123,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     unknown = [name for name in args.models if not timm.is_model(name)]
     if unknown:
         raise SystemExit(f"benchmarks: timm knows no model {unknown[0]!r}")
-    record: Dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}
+    record: dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}
     print(measure.device_name(record["environment"]), file=sys.stderr)
     lines = []
     for name in args.models:

@@ -9,7 +9,8 @@ the time of their kernels. Shapes are those of `container_light` and `container`
 import argparse
 import contextlib
 import sys
-from typing import Any, Callable, Dict, List, Optional
+from collections.abc import Callable
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -24,7 +25,7 @@ Way = Callable[[Tensor], Tensor]
 LAST = torch.channels_last
 
 
-def mlp(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def mlp(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """1x1 convolution C -> rC, exact GELU, 1x1 convolution back."""
     up, down = nn.Conv2d(dim, dim * ratio, 1), nn.Conv2d(dim * ratio, dim, 1)
 
@@ -40,7 +41,7 @@ def mlp(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     }
 
 
-def residual_conv(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def residual_conv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """x + 3x3 depthwise convolution of x."""
     conv, whole = (nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
     with torch.no_grad():
@@ -55,19 +56,19 @@ def residual_conv(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     }
 
 
-def static_conv(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def static_conv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """5x5 depthwise convolution, the static affinity."""
     conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
     return {"NCHW": conv, "channels_last": lambda x: conv(x.contiguous(memory_format=LAST))}
 
 
-def norm(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def norm(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """The norm over channels after a patch embedding; the blocks' batch norms are gone once fused."""
     layer = LayerNorm2d(dim)
     return {"LayerNorm2d": layer, "LayerNorm2d, channels_last": lambda x: layer(x.contiguous(memory_format=LAST))}
 
 
-def qkv(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def qkv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """The projections Q, K and V."""
     qk, value = nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(dim, dim, 1)
     both = nn.Conv2d(dim, 3 * dim, 1)
@@ -80,7 +81,7 @@ def qkv(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
     }
 
 
-def attention(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
+def attention(dim: int, ratio: int, heads: int) -> dict[str, Way]:
     """softmax(Q K^T / sqrt(D)) V at D = 32, by every back end of PyTorch that takes it."""
 
     def tokens(x: Tensor) -> Tensor:
@@ -98,7 +99,7 @@ def attention(dim: int, ratio: int, heads: int) -> Dict[str, Way]:
         t = tokens(x)
         return (t * t.shape[-1] ** -0.5 @ t.transpose(-2, -1)).softmax(-1) @ t
 
-    ways: Dict[str, Way] = {
+    ways: dict[str, Way] = {
         "explicit N x N": explicit,
         "SDPA, its own choice": by(),
     }
@@ -123,7 +124,7 @@ PARTS = {
 }
 
 
-def _modules(ways: Dict[str, Way]) -> List[nn.Module]:
+def _modules(ways: dict[str, Way]) -> list[nn.Module]:
     """The layers that ways hold, as themselves or in a closure."""
     found = []
     for way in ways.values():
@@ -132,7 +133,7 @@ def _modules(ways: Dict[str, Way]) -> List[nn.Module]:
     return found
 
 
-def compare(part: str, stage: int, args: argparse.Namespace, device: torch.device) -> Dict[str, Any]:
+def compare(part: str, stage: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
     """Times the ways of one part at one stage's shape; those that fail on this device say why instead."""
     make, shapes = PARTS[part]
     dim, side, ratio, heads = shapes[stage]
@@ -142,9 +143,9 @@ def compare(part: str, stage: int, args: argparse.Namespace, device: torch.devic
     x = torch.randn(args.batch_size, dim, side, side).to(device, dtype)
     for module in _modules(ways):
         module.to(device, dtype)
-    works: Dict[str, measure.Work] = {}
-    failed: Dict[str, str] = {}
-    expected: Optional[Tensor] = None
+    works: dict[str, measure.Work] = {}
+    failed: dict[str, str] = {}
+    expected: Tensor | None = None
     for name, way in ways.items():
         given = x.to(memory_format=LAST) if "channels_last" in name else x
         work = _work(way, given, args.backward)
@@ -161,7 +162,7 @@ def compare(part: str, stage: int, args: argparse.Namespace, device: torch.devic
             raise SystemExit(f"benchmarks: {part}, {name}: answers differ by {difference:.1e}")
         works[name] = work
     if device.type == "cuda":
-        seconds: Dict[str, List[float]] = {name: [] for name in works}
+        seconds: dict[str, list[float]] = {name: [] for name in works}
         for _ in range(args.rounds):
             for name, work in works.items():
                 seconds[name].append(measure.device_seconds(work, device))
@@ -187,7 +188,7 @@ def _work(way: Way, x: Tensor, backward: bool) -> measure.Work:
     return both
 
 
-def report(row: Dict[str, Any]) -> str:
+def report(row: dict[str, Any]) -> str:
     """A table of one part at one stage."""
     times = row["seconds"]
     fastest = min(measure.spread(seconds)[1] for seconds in times.values())
@@ -218,11 +219,11 @@ def parser() -> argparse.ArgumentParser:
     return options
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures and prints every part asked for; writes `parts.json` with --out."""
     args = parser().parse_args(argv)
     device = measure.pick_device(args.device)
-    record: Dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}
+    record: dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}
     print(measure.device_name(record["environment"]), file=sys.stderr)
     for part in args.parts:
         for stage in args.stages:

@@ -19,7 +19,7 @@ a call; what is left of the whole time it waits for the host.
 import argparse
 import sys
 import warnings
-from typing import Any, Dict, List, NamedTuple, Optional, Tuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -48,11 +48,9 @@ class Recorder(TorchDispatchMode):
 
     def __init__(self) -> None:
         super().__init__()
-        self.operators: List[Operator] = []
+        self.operators: list[Operator] = []
 
-    def __torch_dispatch__(
-        self, func: Any, types: Any, args: Tuple = (), kwargs: Optional[Dict[str, Any]] = None
-    ) -> Any:
+    def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
         """Runs the operator as it would run anyhow."""
         kwargs = kwargs or {}
         if func.is_view:
@@ -69,7 +67,7 @@ class Recorder(TorchDispatchMode):
         return out
 
 
-def _part(func: Any, args: Tuple) -> str:
+def _part(func: Any, args: tuple) -> str:
     """What a person calls the operator, and at which size of map it runs."""
     name = func.overloadpacket.__name__.strip("_")
     tensors = [t for t in args if isinstance(t, Tensor)]
@@ -84,7 +82,7 @@ def _part(func: Any, args: Tuple) -> str:
     return f"{name} @ {maps[0].shape[-2]}x{maps[0].shape[-1]}" if maps else name
 
 
-def record(work: measure.Work, device: torch.device, rounds: int) -> Dict[str, Dict[str, float]]:
+def record(work: measure.Work, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds (of the device, mean), bytes, operations and runs of every part in one call."""
     work()
     on_gpu = device.type == "cuda"
@@ -95,7 +93,7 @@ def record(work: measure.Work, device: torch.device, rounds: int) -> Dict[str, D
             work()
         if on_gpu:
             torch.cuda.synchronize(device)
-    parts: Dict[str, Dict[str, float]] = {}
+    parts: dict[str, dict[str, float]] = {}
     for op in recorder.operators:
         part = parts.setdefault(op.part, dict(runs=0, seconds=0.0, bytes=0, flops=0))
         part["runs"] += 1
@@ -109,26 +107,26 @@ def record(work: measure.Work, device: torch.device, rounds: int) -> Dict[str, D
     return {name: {key: value / rounds for key, value in part.items()} for name, part in parts.items()}
 
 
-def limits(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> Dict[str, float]:
+def limits(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> dict[str, float]:
     """Bytes a second of a large copy, and operations a second of a large matrix product, the best of some runs."""
     size = 2**28 if device.type == "cpu" else 2**30
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     side = 3072 if device.type == "cpu" else 8192
     m = torch.randn(side, side, device=device).to(dtype)
     out = torch.empty_like(m)
-    works: Dict[str, measure.Work] = {"copy": lambda: b.copy_(a), "matrix": lambda: torch.mm(m, m, out=out)}
+    works: dict[str, measure.Work] = {"copy": lambda: b.copy_(a), "matrix": lambda: torch.mm(m, m, out=out)}
     best = {name: min(measure.device_seconds(work, device, 2) for _ in range(rounds)) for name, work in works.items()}
     return {"bandwidth": 2 * size / best["copy"], "rate": 2 * side**3 / best["matrix"]}
 
 
-def bounds(parts: Dict[str, Dict[str, float]], limit: Dict[str, float]) -> Tuple[float, float]:
+def bounds(parts: dict[str, dict[str, float]], limit: dict[str, float]) -> tuple[float, float]:
     """(sum of bounds, least bound) in seconds; adds each part's own to it."""
     for part in parts.values():
         part["bound"] = max(part["bytes"] / limit["bandwidth"], part["flops"] / limit["rate"])
     return sum(p["bound"] for p in parts.values()), sum(p["bound"] for p in parts.values() if p["flops"])
 
 
-def report(parts: Dict[str, Dict[str, float]]) -> str:
+def report(parts: dict[str, dict[str, float]]) -> str:
     """A table of the parts that take 1 % or more, those that lose most time against their bound first."""
     total = sum(part["seconds"] for part in parts.values())
     shown = {name: part for name, part in parts.items() if part["seconds"] >= total / 100}
@@ -152,7 +150,7 @@ def report(parts: Dict[str, Dict[str, float]]) -> str:
     return measure.table(["part @ map", "runs", "ms", "of all", "MiB", "GFLOP", "bound ms", "reached"], lines)
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures, prints, and writes `roofline.json` with --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
@@ -170,7 +168,7 @@ def main(argv: Optional[List[str]] = None) -> None:
     args = parser.parse_args(argv)
     entries, device = speed.parse(args.entries), measure.pick_device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(device)
-    result: Dict[str, Any] = {
+    result: dict[str, Any] = {
         "environment": measure.environment(device),
         "work": args.work,
         "batch_size": args.batch_size,
@@ -179,7 +177,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         "rows": [],
     }
     print(measure.device_name(result["environment"]), file=sys.stderr)
-    works: Dict[str, measure.Work] = {}
+    works: dict[str, measure.Work] = {}
     for entry in entries:
         half = {"bf16", "amp"} & set(entry.settings)
         key = "bfloat16" if half else "float32"
@@ -195,7 +193,7 @@ def main(argv: Optional[List[str]] = None) -> None:
             parts = record(speed.prepare(plain, model, images, args.work == "train")[0], device, args.rounds)
             works[str(entry)] = speed.prepare(entry, model, images, args.work == "train")[0]
         summed, least = bounds(parts, limit)
-        row: Dict[str, Any] = {"entry": str(entry), "sum_of_bounds": summed, "least_bound": least}
+        row: dict[str, Any] = {"entry": str(entry), "sum_of_bounds": summed, "least_bound": least}
         row["busy"] = measure.device_seconds(works[str(entry)], device)
         if plain == entry:
             row["parts"] = parts

@@ -31,8 +31,9 @@ import tempfile
 import time
 import traceback
 import warnings
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Tuple, Union
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -53,13 +54,13 @@ class Entry(NamedTuple):
     """A model and one setting of it."""
 
     model: str
-    settings: Tuple[str, ...]
+    settings: tuple[str, ...]
 
     def __str__(self) -> str:
         return f"{self.model}:{'+'.join(self.settings)}"
 
 
-def parse(words: List[str]) -> List[Entry]:
+def parse(words: list[str]) -> list[Entry]:
     """`NAME[:SETTING[+SETTING ...][,...]]` words to entries.
 
     Raises:
@@ -106,7 +107,7 @@ def released(path: str) -> Callable[[], nn.Module]:
     return module.container_v1_light
 
 
-def factory(name: str, released_path: Optional[str]) -> Callable[[], nn.Module]:
+def factory(name: str, released_path: str | None) -> Callable[[], nn.Module]:
     """What makes a model.
 
     Raises:
@@ -121,7 +122,7 @@ def factory(name: str, released_path: Optional[str]) -> Callable[[], nn.Module]:
     return lambda: timm.create_model(name)
 
 
-def create(name: str, img_size: int, released_path: Optional[str]) -> nn.Module:
+def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
     """A model with random weights, the same at every call.
 
     Raises:
@@ -172,7 +173,7 @@ class Graphed:
 
 def prepare(
     entry: Entry, model: nn.Module, images: Tensor, train: bool, backend: str = "inductor"
-) -> Tuple[measure.Work, int]:
+) -> tuple[measure.Work, int]:
     """The work that is timed, and the bytes that it holds between two calls (weights, statistics, optimizer).
 
     Args:
@@ -272,15 +273,15 @@ class Task(NamedTuple):
     img_size: int
     device: str
     alone: bool  # nothing else runs while an entry is prepared
-    released: Optional[str]
+    released: str | None
     backend: str
     traceback: bool
 
 
-_works: Dict[str, measure.Work] = {}  # of this process, by entry
+_works: dict[str, measure.Work] = {}  # of this process, by entry
 
 
-def _prepare(task: Task, entries: List[Entry]) -> List[Dict[str, Any]]:
+def _prepare(task: Task, entries: list[Entry]) -> list[dict[str, Any]]:
     """Makes the works of a model's entries, and calls each once; returns their rows."""
     device = measure.pick_device(task.device)
     # While others compute, too, trying kernels would choose by chance: that waits for `_begin`.
@@ -290,10 +291,10 @@ def _prepare(task: Task, entries: List[Entry]) -> List[Dict[str, Any]]:
         torch._functorch.config.force_non_lazy_backward_lowering = True
     images = torch.randn(task.batch_size, 3, task.img_size, task.img_size, generator=torch.Generator().manual_seed(0))
     model = create(entries[0].model, task.img_size, task.released)
-    expected: Optional[Tensor] = None
+    expected: Tensor | None = None
     rows = []
     for entry in entries:
-        row: Dict[str, Any] = dict(entry=str(entry), model=entry.model, work=task.work, batch_size=task.batch_size)
+        row: dict[str, Any] = dict(entry=str(entry), model=entry.model, work=task.work, batch_size=task.batch_size)
         row["parameters"] = sum(p.numel() for p in model.parameters())
         rows.append(row)
         print(f"  {task.work}: preparing {entry}", file=sys.stderr, flush=True)
@@ -321,7 +322,7 @@ def _prepare(task: Task, entries: List[Entry]) -> List[Dict[str, Any]]:
     return rows
 
 
-def _begin(task: Task, entry: str, seconds: float) -> Tuple[Optional[int], int]:
+def _begin(task: Task, entry: str, seconds: float) -> tuple[int | None, int]:
     """Warms a work up while nothing else runs; returns its peak memory in a call, and the calls that fill a turn."""
     device = measure.pick_device(task.device)
     work = _works[entry]
@@ -349,7 +350,7 @@ def _turn(task: Task, entry: str, calls: int) -> float:
     return seconds
 
 
-def main(argv: Optional[List[str]] = None) -> None:
+def main(argv: list[str] | None = None) -> None:
     """Measures, prints tables, and writes `speed.json` and `speed.png` with --out."""
     args = _parser().parse_args(argv)
     entries, device = parse(args.entries), measure.pick_device(args.device)
@@ -357,7 +358,7 @@ def main(argv: Optional[List[str]] = None) -> None:
         torch.set_num_threads(args.threads)
     for name in dict.fromkeys(entry.model for entry in entries):
         factory(name, args.released)  # which ends here if there is no such model
-    record: Dict[str, Any] = {
+    record: dict[str, Any] = {
         "environment": measure.environment(device),
         "img_size": args.img_size,
         "batch_size": args.batch_size,
@@ -382,7 +383,7 @@ def main(argv: Optional[List[str]] = None) -> None:
 
 
 def _measure(
-    work: str, entries: List[Entry], device: torch.device, args: argparse.Namespace, record: Dict[str, Any]
+    work: str, entries: list[Entry], device: torch.device, args: argparse.Namespace, record: dict[str, Any]
 ) -> None:
     """Adds the rows of one kind of work to the record, and saves it whenever it has grown."""
     start = time.perf_counter()
@@ -405,14 +406,14 @@ def _measure(
         traceback=args.traceback,
     )
     # What a compiler that is not ready in time, or a graph that crashes, takes along is what shares its process.
-    groups: Dict[str, List[Entry]] = {}
+    groups: dict[str, list[Entry]] = {}
     for apart in (set(), {"graph"}, {"compile"}, {"compile", "graph"}):
         for entry in entries:
             if apart == {"compile", "graph"} & set(entry.settings):
                 groups.setdefault(", ".join([entry.model, *sorted(apart)]), []).append(entry)
     group_of = {str(entry): group for group, own in groups.items() for entry in own}
-    workers: Dict[str, Union[Inline, Worker]] = {}
-    rows: Dict[str, Dict[str, Any]] = {}
+    workers: dict[str, Inline | Worker] = {}
+    rows: dict[str, dict[str, Any]] = {}
 
     def fail(group: str, error: str) -> None:
         """Leaves out what has no process any more."""
@@ -434,7 +435,7 @@ def _measure(
             fail(group, str(error).splitlines()[0])
             return None
 
-    def prepared(found: List[Dict[str, Any]]) -> None:
+    def prepared(found: list[dict[str, Any]]) -> None:
         """Adds rows to the record, in the order of the entries."""
         rows.update({row["entry"]: row for row in found})
         own = [rows[str(entry)] for entry in entries if str(entry) in rows]
@@ -443,7 +444,7 @@ def _measure(
 
     try:
         waiting = list(groups)
-        busy: Dict[str, Union[Inline, Worker]] = {}
+        busy: dict[str, Inline | Worker] = {}
         while waiting or busy:
             while waiting and len(busy) < max(1, args.jobs):
                 group = waiting.pop(0)
@@ -465,7 +466,7 @@ def _measure(
             if again and args.jobs:
                 prepared(ask(group, _prepare, again) or [])
         prepared([])
-        calls: Dict[str, int] = {}
+        calls: dict[str, int] = {}
 
         def turn(name: str) -> None:
             """Adds a time to a row, if there is time for it."""
@@ -504,7 +505,7 @@ def _measure(
             row["faster"] = measure.ratios(first["seconds"], row["seconds"])
 
 
-def report(record: Dict[str, Any], work: str) -> str:
+def report(record: dict[str, Any], work: str) -> str:
     """The table of one kind of work, in Markdown; the last column but two is the speed over the first row's."""
     rows = [row for row in record["rows"] if row["work"] == work]
     lines = []
@@ -530,7 +531,7 @@ def report(record: Dict[str, Any], work: str) -> str:
     return "\n" + measure.table(header, lines) + "\n"
 
 
-def _figure(row: Dict[str, Any], seconds: float) -> float:
+def _figure(row: dict[str, Any], seconds: float) -> float:
     return seconds * 1e3 if row["work"] == "latency" else row["batch_size"] / seconds
 
 
@@ -538,7 +539,7 @@ def _shown(work: str, figure: float) -> str:
     return f"{figure:.{2 if work == 'latency' else 1 if figure < 1000 else 0}f}"
 
 
-def draw(record: Dict[str, Any], path: Path) -> None:
+def draw(record: dict[str, Any], path: Path) -> None:
     """Bars of every kind of work, medians with quartiles, into a PNG."""
     import matplotlib
 

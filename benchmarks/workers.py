@@ -11,9 +11,10 @@ import os
 import signal
 import time
 import traceback
+from collections.abc import Callable, Iterable
 from multiprocessing.connection import Connection, wait
 from pathlib import Path
-from typing import Any, Callable, Dict, Iterable, List, Tuple, Union
+from typing import Any
 
 __all__ = ["Inline", "Worker", "descendants", "end", "first_answers", "kill"]
 
@@ -75,7 +76,7 @@ def _serve(pipe: Connection) -> None:
         pipe.send(result)
 
 
-def end(workers: Iterable[Union[Inline, Worker]]) -> None:
+def end(workers: Iterable[Inline | Worker]) -> None:
     """Ends processes, and kills those that are at work and do not hear within a second, with all that they started."""
     processes = [worker for worker in workers if isinstance(worker, Worker)]
     for worker in processes:
@@ -89,12 +90,12 @@ def end(workers: Iterable[Union[Inline, Worker]]) -> None:
         worker.process.join()
 
 
-def descendants(pid: int) -> List[int]:
+def descendants(pid: int) -> list[int]:
     """All processes that a process started, and those that they started, also in sessions of their own.
 
     Its own children come first. Empty where there is no /proc.
     """
-    children: Dict[int, List[int]] = {}
+    children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
         try:
             state, parent = stat.read_text().rpartition(")")[2].split()[:2]
@@ -115,7 +116,7 @@ def kill(pids: Iterable[int]) -> None:
             os.kill(pid, signal.SIGKILL)
 
 
-def first_answers(workers: Dict[str, Any], seconds: float) -> List[Tuple[str, Any]]:
+def first_answers(workers: dict[str, Any], seconds: float) -> list[tuple[str, Any]]:
     """Those workers, by name, that have an answer: the first to have one, or none if it takes longer than that."""
     inline = [(name, worker) for name, worker in workers.items() if isinstance(worker, Inline)]
     if inline:

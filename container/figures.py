@@ -6,8 +6,9 @@ tokens at a time, by the affinities' own kernels: no N x N is formed, at any ima
 """
 
 import math
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import Any, Callable, Dict, List, NamedTuple, Optional, Sequence, Tuple, Union
+from typing import Any, NamedTuple
 
 import timm
 import torch
@@ -28,14 +29,14 @@ _MAP = "cividis"
 _NUMBERS = 2**24  # of a map and its repetitions, at most at a time
 
 
-def _split(tokens: Sequence[Tuple[int, int]], x: Tensor) -> List[Sequence[Tuple[int, int]]]:
+def _split(tokens: Sequence[tuple[int, int]], x: Tensor) -> list[Sequence[tuple[int, int]]]:
     """As many tokens at a time as the map may be repeated for."""
     count = max(1, _NUMBERS // x.numel())
     return [tokens[start : start + count] for start in range(0, len(tokens), count)]
 
 
 def rows(
-    apply: Callable[[Tensor, Tensor], Tensor], num_heads: int, x: Tensor, tokens: Sequence[Tuple[int, int]]
+    apply: Callable[[Tensor, Tensor], Tensor], num_heads: int, x: Tensor, tokens: Sequence[tuple[int, int]]
 ) -> Tensor:
     """Rows of an affinity, without the affinity: A_ij = d y_i / d v_j of y = A(x) v.
 
@@ -78,7 +79,7 @@ def entropy(rows: Tensor) -> Tensor:
     return torch.special.entr(p).sum(-1) / math.log(2)
 
 
-def reach(rows: Tensor, tokens: Sequence[Tuple[int, int]], stride: int) -> Tensor:
+def reach(rows: Tensor, tokens: Sequence[tuple[int, int]], stride: int) -> Tensor:
     """Pixels: the mean distance from token i to what it reads, sum_j p_j |x_j - x_i| with p as in `entropy`.
 
     Args:
@@ -98,7 +99,7 @@ def reach(rows: Tensor, tokens: Sequence[Tuple[int, int]], stride: int) -> Tenso
     return (p * distance).sum((-2, -1)) / p.sum((-2, -1)).clamp_min(torch.finfo(p.dtype).tiny)
 
 
-def gates(model: nn.Module) -> Dict[str, Tuple[float, float]]:
+def gates(model: nn.Module) -> dict[str, tuple[float, float]]:
     """(alpha, beta) of every `Aggregation` by its name; an affinity alone has 1 and its absent one 0, a sum both 1."""
     found = {}
     for name, module in model.named_modules():
@@ -128,15 +129,15 @@ class BlockView(NamedTuple):
     name: str
     stage: int
     stride: int
-    grid: Tuple[int, int]
-    token: Tuple[int, int]
-    rows: Dict[str, Tensor]
-    entropy: Dict[str, Tensor]
-    reach: Dict[str, Tensor]
+    grid: tuple[int, int]
+    token: tuple[int, int]
+    rows: dict[str, Tensor]
+    entropy: dict[str, Tensor]
+    reach: dict[str, Tensor]
 
 
-def _affinities(aggregation: Aggregation) -> Dict[str, Tuple[Callable[[Tensor, Tensor], Tensor], int]]:
-    found: Dict[str, Tuple[Callable[[Tensor, Tensor], Tensor], int]] = {}
+def _affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]]:
+    found: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {}
     for kind in ("dynamic", "static"):
         affinity: Any = getattr(aggregation, kind)
         if affinity is not None:
@@ -145,7 +146,7 @@ def _affinities(aggregation: Aggregation) -> Dict[str, Tuple[Callable[[Tensor, T
     return found | {"mixed": (aggregation.mix, heads)}
 
 
-def look(model: Container, image: Tensor, pixel: Tuple[int, int], samples: int = 5) -> List[BlockView]:
+def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int = 5) -> list[BlockView]:
     """Every block's affinities on an image, from one forward pass.
 
     Args:
@@ -168,7 +169,7 @@ def look(model: Container, image: Tensor, pixel: Tuple[int, int], samples: int =
         raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")
     views = []
 
-    def hook(aggregation: nn.Module, inputs: Tuple[Tensor, ...]) -> None:
+    def hook(aggregation: nn.Module, inputs: tuple[Tensor, ...]) -> None:
         (map_,) = inputs
         assert isinstance(aggregation, Aggregation)
         name = names[aggregation]
@@ -208,7 +209,7 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _photo(axes: Any, picture: Image.Image, pixel: Optional[Tuple[int, int]] = None, gray: bool = False) -> None:
+def _photo(axes: Any, picture: Image.Image, pixel: tuple[int, int] | None = None, gray: bool = False) -> None:
     axes.imshow(picture.convert("L") if gray else picture, cmap="gray" if gray else None)
     if pixel is not None:
         axes.plot(*pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3)
@@ -231,7 +232,7 @@ def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None
     axes.set(xlim=(-0.5, picture.width - 0.5), ylim=(picture.height - 0.5, -0.5))
 
 
-def _draw_affinities(views: List[BlockView], picture: Image.Image, pixel: Tuple[int, int], title: str) -> Any:
+def _draw_affinities(views: list[BlockView], picture: Image.Image, pixel: tuple[int, int], title: str) -> Any:
     """One row of pictures a stage, of its last block."""
     last = list({view.stage: view for view in views}.values())
     figure = _figure(10.5, 2.75 * len(last) + 0.6)
@@ -260,7 +261,7 @@ def _draw_affinities(views: List[BlockView], picture: Image.Image, pixel: Tuple[
     return figure
 
 
-def _stages(axes: Any, stages: List[int]) -> None:
+def _stages(axes: Any, stages: list[int]) -> None:
     """Blocks on the x axis, numbered from 1, with a line between stages and the stage's number above."""
     blocks = range(1, len(stages) + 1)
     axes.set_xticks(list(blocks))
@@ -280,7 +281,7 @@ def _stages(axes: Any, stages: List[int]) -> None:
     axes.spines[["top", "right"]].set_visible(False)
 
 
-def _draw_gates(views: List[BlockView], scalars: Dict[str, Tuple[float, float]], title: str) -> Any:
+def _draw_gates(views: list[BlockView], scalars: dict[str, tuple[float, float]], title: str) -> Any:
     figure = _figure(0.42 * len(views) + 2.4, 3.4)
     axes = figure.subplots()
     blocks = range(1, len(views) + 1)
@@ -295,7 +296,7 @@ def _draw_gates(views: List[BlockView], scalars: Dict[str, Tuple[float, float]],
     return figure
 
 
-def _draw_heads(views: List[BlockView], title: str) -> Any:
+def _draw_heads(views: list[BlockView], title: str) -> Any:
     figure = _figure(0.42 * len(views) + 3.0, 6.2)
     for axes, what in zip(figure.subplots(2, 1), ("entropy", "reach"), strict=True):
         for offset, kind, marker in ((-0.16, "dynamic", "o"), (0.16, "static", "s")):
@@ -342,13 +343,13 @@ def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: 
 
 
 def draw(
-    image: Union[str, Path],
+    image: str | Path,
     model: str,
-    out: Union[str, Path],
+    out: str | Path,
     checkpoint: str = "",
-    pixel: Optional[Tuple[int, int]] = None,
-    img_size: Optional[int] = None,
-) -> List[Path]:
+    pixel: tuple[int, int] | None = None,
+    img_size: int | None = None,
+) -> list[Path]:
     """Draws `affinities.png`, `gates.png`, `heads.png` and `pyramid.png` for an image file.
 
     Args:

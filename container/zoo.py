@@ -272,7 +272,7 @@ def export(name: str, folder: str | Path) -> None:
         usage=textwrap.dedent(
             f"""
             ```python
-            import container, timm  # pip install container-timm
+            import container, timm  # of the package container-timm
 
             model = timm.create_model("hf-hub:OWNER/{name}", pretrained=True).eval()
             ```"""

@@ -2,7 +2,7 @@
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
-from typing import Any, Dict, List, Tuple, Union
+from typing import Any
 
 import torch
 from torch.utils.data import Dataset
@@ -22,7 +22,7 @@ class Cells(Dataset):
         augment: Whether to mirror photos at random, both ways.
     """
 
-    def __init__(self, folder: Union[str, Path], split: str, augment: bool = False) -> None:
+    def __init__(self, folder: str | Path, split: str, augment: bool = False) -> None:
         self.folder = Path(folder)
         names = self.folder / "ImageSets" / "Main" / f"{split}.txt"
         if not names.is_file():
@@ -34,7 +34,7 @@ class Cells(Dataset):
     def __len__(self) -> int:
         return len(self.names)
 
-    def annotation(self, name: str) -> Tuple[Tuple[int, int], List[List[float]], List[int]]:
+    def annotation(self, name: str) -> tuple[tuple[int, int], list[list[float]], list[int]]:
         """(width, height), boxes (left, top, right, bottom) and labels of a photo."""
         root: Any = ElementTree.parse(self.folder / "Annotations" / f"{name}.xml").getroot()
         size = int(root.find("size/width").text), int(root.find("size/height").text)
@@ -46,7 +46,7 @@ class Cells(Dataset):
                 labels.append(CLASSES.index(thing.find("name").text))
         return size, boxes, labels
 
-    def __getitem__(self, index: int) -> Tuple[torch.Tensor, Dict[str, torch.Tensor]]:
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
         name = self.names[index]
         (width, height), boxes, labels = self.annotation(name)
         image = Image(decode_image(str(self.folder / "JPEGImages" / f"{name}.jpg"), ImageReadMode.RGB))

@@ -11,7 +11,7 @@ Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 import argparse
 import json
 from pathlib import Path
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from bccd import CLASSES, Cells
@@ -61,7 +61,7 @@ def batches(cells: Cells, batch_size: int, shuffle: bool) -> DataLoader:
 
 
 @torch.inference_mode()
-def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> Dict[str, Any]:
+def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> dict[str, Any]:
     """COCO's mean average precision over the classes and IoU thresholds of 0.5 to 0.95, in percent."""
     model.eval()
     metric = MeanAveragePrecision(class_metrics=True, backend="pycocotools")
@@ -77,7 +77,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> Dict[st
 def draw(model: torch.nn.Module, cells: Cells, device: str, path: Path, count: int = 3) -> None:
     """A row of photos with their true boxes, and below it one with the boxes found."""
     model.eval()
-    rows: List[List[torch.Tensor]] = [[], []]
+    rows: list[list[torch.Tensor]] = [[], []]
     for image, target in (cells[i * len(cells) // count] for i in range(count)):
         found = model([image.to(device)])[0]
         sure = {key: value[found["scores"] > 0.5].cpu() for key, value in found.items()}

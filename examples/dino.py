@@ -14,7 +14,6 @@ import argparse
 import copy
 import os
 from pathlib import Path
-from typing import Tuple
 
 import timm
 import torch
@@ -66,7 +65,7 @@ def some(folder: Path, count: int, transform: object) -> Dataset:
 
 
 @torch.inference_mode()
-def features(model: nn.Module, loader: DataLoader, device: str) -> Tuple[Tensor, Tensor]:
+def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[Tensor, Tensor]:
     """Normalised features (images, C) and labels."""
     model.eval()
     pairs = [(model(images.to(device)), labels.to(device)) for images, labels in loader]

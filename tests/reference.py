@@ -3,8 +3,6 @@
 No module, no timm, nothing from the package: an independent route to the same numbers.
 """
 
-from typing import Dict, List, Tuple
-
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -12,9 +10,9 @@ from torch import Tensor
 DEPTHS, DIMS, PATCHES, RATIOS, HEADS = (3, 4, 8, 3), (64, 128, 320, 512), (4, 2, 2, 2), (8, 8, 4, 4), 16
 
 
-def layout() -> Dict[str, Tuple[int, ...]]:
+def layout() -> dict[str, tuple[int, ...]]:
     """Every key of the released checkpoint with its shape."""
-    shapes: Dict[str, Tuple[int, ...]] = {}
+    shapes: dict[str, tuple[int, ...]] = {}
 
     def conv(name: str, out: int, per_group: int, kernel: int) -> None:
         shapes[f"{name}.weight"] = (out, per_group, kernel, kernel)
@@ -45,7 +43,7 @@ def layout() -> Dict[str, Tuple[int, ...]]:
     return shapes
 
 
-def random_state(seed: int) -> Dict[str, Tensor]:
+def random_state(seed: int) -> dict[str, Tensor]:
     """A checkpoint of random numbers in the released layout, every one of which changes the network's answer."""
     generator = torch.Generator().manual_seed(seed)
     state = {}
@@ -64,7 +62,7 @@ def random_state(seed: int) -> Dict[str, Tensor]:
     return state
 
 
-def forward(state: Dict[str, Tensor], x: Tensor, train: bool = False) -> Tuple[Tensor, List[Tensor]]:
+def forward(state: dict[str, Tensor], x: Tensor, train: bool = False) -> tuple[Tensor, list[Tensor]]:
     """Logits and the four stages' maps; `train` uses the batch's statistics."""
 
     def batch_norm(name: str, x: Tensor) -> Tensor:

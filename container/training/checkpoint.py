@@ -5,7 +5,7 @@ import io
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Dict, List, Optional, Union
+from typing import Any
 
 import torch
 
@@ -28,8 +28,8 @@ class Progress:
     wait: float = 0.0  # seconds of them spent waiting for data
     seconds: float = 0.0  # spent on them
     total_seconds: float = 0.0
-    best: Optional[float] = None  # validation top-1, percent
-    history: List[Dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
+    best: float | None = None  # validation top-1, percent
+    history: list[dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
 
 
 class Checkpoints:
@@ -44,14 +44,14 @@ class Checkpoints:
         keep: How many to keep.
     """
 
-    def __init__(self, folder: Union[str, Path], keep: int = 2) -> None:
+    def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
 
-    def paths(self) -> List[Path]:
+    def paths(self) -> list[Path]:
         """The checkpoints, the newest first."""
         return sorted(self.folder.glob("checkpoint-*-*.pth"), reverse=True)
 
-    def save(self, step: int, state: Dict[str, Any]) -> Path:
+    def save(self, step: int, state: dict[str, Any]) -> Path:
         """Writes a checkpoint, then removes those that are too old.
 
         Args:
@@ -69,7 +69,7 @@ class Checkpoints:
             old.unlink()
         return path
 
-    def load(self) -> Optional[Dict[str, Any]]:
+    def load(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and passed over.
 
         What an interrupted `write_atomically` has left in the folder is removed.
@@ -87,5 +87,5 @@ class Checkpoints:
         return None
 
 
-def _digest(data: Union[bytes, memoryview]) -> str:
+def _digest(data: bytes | memoryview) -> str:
     return hashlib.sha256(data).hexdigest()[:16]

@@ -2,12 +2,11 @@
 
 import csv
 from pathlib import Path
-from typing import Union
 
 __all__ = ["plot_curves"]
 
 
-def plot_curves(summary: Union[str, Path], picture: Union[str, Path]) -> None:
+def plot_curves(summary: str | Path, picture: str | Path) -> None:
     """Draws loss and accuracy over epochs.
 
     Args:

@@ -2,9 +2,10 @@
 
 import os
 import tarfile
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Callable, List, Optional, Tuple, Union
+from typing import Any
 
 import torch
 from PIL import Image, ImageOps
@@ -55,13 +56,13 @@ class Digits(Dataset):
         images, targets = load_digits(return_X_y=True)
         parts = train_test_split(images, targets, test_size=360, stratify=targets, random_state=0)
         self.images, self.targets = (parts[0], parts[2]) if train else (parts[1], parts[3])
-        self.transform: Optional[Callable] = None
+        self.transform: Callable | None = None
 
     def __len__(self) -> int:
         """Number of images."""
         return len(self.targets)
 
-    def __getitem__(self, index: int) -> Tuple[object, int]:
+    def __getitem__(self, index: int) -> tuple[object, int]:
         """The image, RGB and transformed, and its class."""
         pixels = (self.images[index].reshape(8, 8) * (255 / 16)).astype("uint8")  # they come as 0 to 16
         image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
@@ -82,7 +83,7 @@ class Images(ImageDataset):
         split: As timm's.
     """
 
-    def __init__(self, root: Optional[str], reader: str = "", train: bool = False, split: str = "train") -> None:
+    def __init__(self, root: str | None, reader: str = "", train: bool = False, split: str = "train") -> None:
         super().__init__(root, reader=reader, split=split)
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
@@ -90,7 +91,7 @@ class Images(ImageDataset):
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
         self.classes = sorted(by_index, key=by_index.__getitem__)
 
-    def __getitem__(self, index: int) -> Tuple[object, int]:
+    def __getitem__(self, index: int) -> tuple[object, int]:
         """The image, RGB and transformed, and its class."""
         for candidate in (i % len(self) for i in range(index, index + _TRIES)):
             try:
@@ -106,7 +107,7 @@ class Images(ImageDataset):
             target = -1
         return image if self.transform is None else self.transform(image), target
 
-    def new_unreadable(self) -> List[str]:
+    def new_unreadable(self) -> list[str]:
         """Names of the images that were noted as unreadable since the last call.
 
         Raises:
@@ -120,7 +121,7 @@ class Images(ImageDataset):
         return names
 
 
-def _split(root: Path, names: Tuple[str, ...]) -> Path:
+def _split(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
@@ -151,7 +152,7 @@ def _open(path: Path, train: bool) -> Images:
     return images
 
 
-def open_validation(data_dir: Union[str, Path]) -> Tuple[Images, int]:
+def open_validation(data_dir: str | Path) -> tuple[Images, int]:
     """Opens images to evaluate on: the validation part of a folder, or one that holds the class folders itself.
 
     ImageNet-V2 is of the second kind; its folders are numbers, and are sorted as numbers.
@@ -176,13 +177,13 @@ def open_validation(data_dir: Union[str, Path]) -> Tuple[Images, int]:
 
 
 def create_datasets(
-    data_dir: Union[str, Path, None] = None,
+    data_dir: str | Path | None = None,
     dataset: str = "",
-    splits: Tuple[str, str] = ("train", "validation"),
-    num_classes: Optional[int] = None,
+    splits: tuple[str, str] = ("train", "validation"),
+    num_classes: int | None = None,
     batch_size: int = 1,
     seed: int = 0,
-) -> Tuple[Any, Any, int]:
+) -> tuple[Any, Any, int]:
     """Opens the data to train and to validate on.
 
     Args:

@@ -3,7 +3,6 @@
 import os
 import signal
 from types import FrameType
-from typing import Optional, Tuple
 
 import torch
 import torch.distributed as dist
@@ -32,7 +31,7 @@ def join_group(device: str) -> torch.device:
     return torch.device(device)
 
 
-def agree(loss: torch.Tensor, stop: bool) -> Tuple[float, bool]:
+def agree(loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
     """What all processes go by after a step, so that none stops alone and leaves the others waiting.
 
     Args:
@@ -56,10 +55,10 @@ class StopSignal:
     """
 
     def __init__(self) -> None:
-        self.received: Optional[int] = None
+        self.received: int | None = None
         self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
 
-    def _note(self, number: int, frame: Optional[FrameType]) -> None:
+    def _note(self, number: int, frame: FrameType | None) -> None:
         self.received = number
         self.__exit__()
 

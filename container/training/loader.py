@@ -1,7 +1,8 @@
 """Batches of augmented training images, from anywhere in a run."""
 
 import signal
-from typing import Any, Dict, Iterator
+from collections.abc import Iterator
+from typing import Any
 
 import torch
 from timm.data import create_transform
@@ -26,7 +27,7 @@ def _shield(worker: int) -> None:
 
 
 def _prefetch(
-    dataset: Any, config: Dict[str, Any], batch_size: int, workers: int, device: torch.device, **options: Any
+    dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device, **options: Any
 ) -> PrefetchLoader:
     loader = DataLoader(
         dataset,
@@ -42,8 +43,8 @@ def _prefetch(
 
 def create_train_loader(
     dataset: Any,
-    config: Dict[str, Any],
-    augmentation: Dict[str, Any],
+    config: dict[str, Any],
+    augmentation: dict[str, Any],
     repeats: int,
     batch_size: int,
     workers: int,
@@ -93,7 +94,7 @@ def create_train_loader(
 
 
 def create_val_loader(
-    dataset: Any, config: Dict[str, Any], batch_size: int, workers: int, device: torch.device
+    dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device
 ) -> PrefetchLoader:
     """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
 

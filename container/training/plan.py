@@ -1,7 +1,6 @@
 """What a run is going to cost."""
 
 import copy
-from typing import Dict
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
@@ -11,7 +10,7 @@ __all__ = ["estimate"]
 
 def estimate(
     model: torch.nn.Module, size: int, batch_size: int, half: bool = False, ema: bool = False
-) -> Dict[str, float]:
+) -> dict[str, float]:
     """Counts a model's cost on torch's meta device, where nothing is computed.
 
     Args:
@@ -29,7 +28,7 @@ def estimate(
     model = copy.deepcopy(model).to("meta").train()
     params = sum(p.numel() for p in model.parameters())
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: Dict[int, torch.Tensor] = {}  # by storage: two views of one tensor are one tensor
+    kept: dict[int, torch.Tensor] = {}  # by storage: two views of one tensor are one tensor
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if (key := tensor.untyped_storage()._cdata) not in own:

@@ -2,8 +2,8 @@
 
 import argparse
 import sys
+from collections.abc import Sequence
 from pathlib import Path
-from typing import List, Optional, Sequence
 
 import yaml
 
@@ -11,7 +11,7 @@ __all__ = ["parse_with_recipe"]
 
 
 def parse_with_recipe(
-    parser: argparse.ArgumentParser, argv: Optional[Sequence[str]], folder: Path, name: str
+    parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder: Path, name: str
 ) -> argparse.Namespace:
     """Parses a command line over a recipe: its settings are read as flags in front of the user's own, and checked too.
 
@@ -30,7 +30,7 @@ def parse_with_recipe(
     path = folder / f"{name}.yaml"
     if not path.is_file():
         parser.error(f"no recipe {name}; there are {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
-    flags: List[str] = []
+    flags: list[str] = []
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         flag = f"--{key.replace('_', '-')}"
         if flag not in parser._option_string_actions:

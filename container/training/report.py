@@ -8,7 +8,7 @@ import platform
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any, Dict, List, Optional
+from typing import Any
 
 import PIL
 import timm
@@ -23,7 +23,7 @@ from .curves import plot_curves
 __all__ = ["Report", "describe_environment"]
 
 
-def describe_environment(device: torch.device) -> Dict[str, Any]:
+def describe_environment(device: torch.device) -> dict[str, Any]:
     """Command, code, versions and hardware of this process.
 
     Args:
@@ -35,7 +35,7 @@ def describe_environment(device: torch.device) -> Dict[str, Any]:
     """
     versions = dict(python=platform.python_version(), container=container.__version__)
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, timm, PIL)}
-    hardware: Dict[str, Any] = dict(
+    hardware: dict[str, Any] = dict(
         processes=int(os.environ.get("WORLD_SIZE", 1)),
         cpu=_cpu(),
         cores=os.cpu_count(),
@@ -60,7 +60,7 @@ class Report:
         self.folder = folder
         self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
 
-    def write(self, history: List[Dict[str, float]], summary: Dict[str, Any]) -> None:
+    def write(self, history: list[dict[str, float]], summary: dict[str, Any]) -> None:
         """Writes everything, each file whole or not at all.
 
         Args:
@@ -95,7 +95,7 @@ def _cpu() -> str:
         return platform.processor()
 
 
-def _git() -> Optional[str]:
+def _git() -> str | None:
     def git(*command: str) -> str:
         folder = Path(container.__file__).parent
         return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()

@@ -5,10 +5,11 @@ import math
 import signal
 import sys
 import time
+from collections.abc import Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any, Dict, Iterator, Optional
+from typing import Any
 
 import torch
 import torch.distributed as dist
@@ -47,8 +48,8 @@ def evaluate(
     task: TrainingTask,
     loader: Any,
     ema: bool = False,
-    real: Optional[RealLabelsImagenet] = None,
-) -> Dict[str, float]:
+    real: RealLabelsImagenet | None = None,
+) -> dict[str, float]:
     """Loss, top-1 and top-5 (in percent) over the validation data, of the model or of its averaged weights.
 
     Args:
@@ -143,7 +144,7 @@ class Run:
         if args.mixup or args.cutmix:
             self.mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
         self.progress = Progress()
-        self.parts: Dict[str, Any] = dict(
+        self.parts: dict[str, Any] = dict(
             state_dict=self.model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler
         )
         if self.task.has_ema():

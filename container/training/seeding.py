@@ -1,7 +1,8 @@
 """Random numbers as a function of where they are used, so that a run can be continued, and repeated, anywhere."""
 
 import random
-from typing import Any, Iterator, Tuple
+from collections.abc import Iterator
+from typing import Any
 
 import numpy as np
 import torch
@@ -10,7 +11,7 @@ from torch.utils.data import Dataset, Sampler
 
 __all__ = ["SeededDataset", "SeededSampler", "seed_everything"]
 
-Place = Tuple[int, int, int]
+Place = tuple[int, int, int]
 
 
 def seed_everything(*place: int) -> None:
@@ -22,7 +23,7 @@ def seed_everything(*place: int) -> None:
     torch.manual_seed(_seed_cpu(place))
 
 
-def _seed_cpu(place: Tuple[int, ...]) -> int:
+def _seed_cpu(place: tuple[int, ...]) -> int:
     seed = int(np.random.SeedSequence(place).generate_state(1)[0])
     random.seed(seed)
     np.random.seed(seed)
@@ -50,7 +51,7 @@ class SeededSampler(Sampler):
         mixed = np.random.SeedSequence((self.seed, epoch)).generate_state(1)[0]
         self.sampler.set_epoch(int(mixed))  # timm's and torch's samplers shuffle by the epoch alone
 
-    def __iter__(self) -> Iterator[Tuple[int, Place]]:
+    def __iter__(self) -> Iterator[tuple[int, Place]]:
         """Indices, each with its place."""
         rank, world = dist.get_rank(), dist.get_world_size()
         for i, index in enumerate(self.sampler):
@@ -72,7 +73,7 @@ class SeededDataset(Dataset):
     def __init__(self, dataset: Dataset) -> None:
         self.dataset = dataset
 
-    def __getitem__(self, item: Tuple[int, Place]) -> Tuple[object, int]:
+    def __getitem__(self, item: tuple[int, Place]) -> tuple[object, int]:
         """The sample, for what `SeededSampler` yields."""
         index, place = item
         _seed_cpu(place)
