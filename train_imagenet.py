@@ -27,6 +27,7 @@ from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
 
 import container
+from container.container import from_released, is_released
 from container.training import (
     HALF,
     Run,
@@ -147,6 +148,8 @@ def build_model(args: argparse.Namespace, num_classes: int, device: torch.device
     known = cfg.num_classes if cfg else None
     if args.checkpoint:
         weights = container.weights.read(args.checkpoint, use_ema=None if args.best == "ema" else False)
+        if is_released(weights):
+            weights = from_released(weights)
         if (head := weights.get(f"{cfg.classifier}.weight" if cfg else "")) is not None:
             known = len(head)
         options["pretrained_cfg_overlay"] = dict(state_dict=weights, num_classes=known)

@@ -40,6 +40,8 @@ def main(argv: list[str] | None = None) -> None:
         args = _parser().parse_args(argv)
         try:
             args.command(args)
+        except KeyboardInterrupt:
+            raise SystemExit("container: interrupted") from None
         except KeyError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
         except (ImportError, OSError, RuntimeError, ValueError) as error:

@@ -195,17 +195,15 @@ def fetch(name: str) -> Path:
         RuntimeError: What comes is not a checkpoint.
         ValueError: It does not fit the model, or another file was pinned before.
     """
-    file = weights.manifest()[name]["file"]
-    if file["sha256"]:
+    if weights.record(name)["file"]["sha256"] and (weights.find(name) or name not in weights.manifest()):
         return weights.obtain(name)
+    file = weights.manifest()[name]["file"]
     try:
         from gdown import download
         from gdown.exceptions import DownloadError
     except ImportError:
         raise ImportError("this needs gdown: pip install gdown") from None
-    folder = weights.weights_dir()
-    folder.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(prefix=".fetch-", dir=folder) as scratch:
+    with tempfile.TemporaryDirectory() as scratch:
         path = os.path.join(scratch, f"{name}.{file['format']}")
         try:
             download(file["url"], path, quiet=not sys.stderr.isatty(), use_cookies=False, timeout=60)

@@ -132,4 +132,4 @@ def test_fetch_asks(tmp_path):
     environment["HTTPS_PROXY"] = environment["https_proxy"] = "http://127.0.0.1:9"
     result = subprocess.run([*command, "--yes"], env=environment, capture_output=True, text=True, timeout=120)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
-    assert list((tmp_path / "weights").iterdir()) == []
+    assert list(tmp_path.iterdir()) == []

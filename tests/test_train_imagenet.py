@@ -495,7 +495,7 @@ def test_cifar10(tmp_path):
         (None, ["--batch-size", "15"], "--batch-size 15 is odd, but mixup and cutmix mix images in pairs"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
-        (None, ["--pretrained", "--model", "container_light"], "have to be downloaded by hand"),
+        (None, ["--pretrained", "--model", "container_light"], "`container weights fetch container_light.ai2_in1k` puts them there"),
         (None, ["--checkpoint", "none.pth"], "no checkpoint at none.pth"),
         (None, ["--eval"], "--eval needs --checkpoint FILE or --pretrained"),
         (None, ["--teacher", "test_convnext"], "test_convnext knows 1000 classes, and the data has 2"),
@@ -525,6 +525,16 @@ def test_a_mistake_is_answered_in_one_line(folder, tmp_path, monkeypatch, capsys
     # What the interpreter prints for the exit: its argument, unless argparse has printed a line already.
     line = capsys.readouterr().err.splitlines()[-1] if exit.value.code == 2 else exit.value.code
     assert message in line and "\n" not in line
+
+
+def test_a_classifier_in_the_released_layout_is_evaluated(folder, tmp_path, capsys):
+    """One of its own, with as many classes as the data: it says class 0 to everything, at odds of e^100."""
+    state = reference.random_state(0)
+    state["head.weight"], state["head.bias"] = torch.zeros(2, 512), torch.tensor([100.0, 0.0])
+    torch.save(dict(model=state, model_ema=reference.random_state(1)), tmp_path / "released.pth")
+    arguments = ["--model", "container_light", "--checkpoint", str(tmp_path / "released.pth"), "--img-size", "32"]
+    top1 = main(["--data-dir", str(folder), *SMALL, "--eval", *arguments])
+    assert top1 == 50 and "loss 50.0000" in capsys.readouterr().out
 
 
 def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
