@@ -262,9 +262,10 @@ class TokenMatrix(Affinity):
         tokens = grid[0] * grid[1]
         if rank is not None and not 1 <= rank <= tokens:
             raise ValueError(f"rank {rank} is not between 1 and the {tokens} tokens of grid {grid}")
-        left = torch.empty(num_heads, tokens, tokens if rank is None else rank, device=device, dtype=dtype)
+        # The rows of L and the columns of R as a grid, so that a checkpoint tells which it is for: N alone does not.
+        left = torch.empty(num_heads, *grid, tokens if rank is None else rank, device=device, dtype=dtype)
         self.left = nn.Parameter(left)
-        self.right = None if rank is None else nn.Parameter(left.new_empty(num_heads, rank, tokens))
+        self.right = None if rank is None else nn.Parameter(left.new_empty(num_heads, rank, *grid))
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
@@ -290,13 +291,14 @@ class TokenMatrix(Affinity):
         y = v.reshape(batch, self.num_heads, self.head_dim, tokens).permute(1, 3, 0, 2)
         y = y.reshape(self.num_heads, tokens, batch * self.head_dim)  # (M, N, B D)
         if self.right is not None:
-            y = self.right @ y  # (M, r, B D)
-        y = (self.left @ y).reshape(self.num_heads, tokens, batch, self.head_dim)
+            y = self.right.flatten(2) @ y  # (M, r, B D)
+        y = (self.left.flatten(1, 2) @ y).reshape(self.num_heads, tokens, batch, self.head_dim)
         return y.permute(2, 0, 3, 1).reshape(v.shape)
 
     def matrix(self, x: Tensor) -> Tensor:
         """A, (1, M, N, N); x is not read."""
-        return (self.left if self.right is None else torch.einsum("mir,mrj->mij", self.left, self.right))[None]
+        left = self.left.flatten(1, 2)
+        return (left if self.right is None else torch.einsum("mir,mrj->mij", left, self.right.flatten(2)))[None]
 
     @torch.jit.ignore
     def readers(self) -> Optional[Tuple[nn.Module, ...]]:
@@ -312,40 +314,33 @@ class TokenMatrix(Affinity):
 
     @torch.jit.ignore
     def resample(self, left: Tensor, right: Optional[Tensor], grid: Tuple[int, int]) -> Tuple[Tensor, Optional[Tensor]]:
-        """Resamples factors that belong to a square or to this layer's grid to `grid`, bicubically.
+        """Resamples factors, which know their grid, to another one, bicubically.
 
         Rows are read at the new tokens. Columns too, scaled by N / N', so that a token goes on reading the same total
         weight when there are more or fewer tokens to read.
 
         Args:
-            left: (M, N, N), or (M, N, r) where `right` is given.
-            right: (M, r, N) or None.
+            left: (M, H, W, N), or (M, H, W, r) where `right` is given.
+            right: (M, r, H, W) or None.
             grid: The new (H', W').
 
         Returns:
             The two factors on the new grid.
-
-        Raises:
-            ValueError: The N of the factors is neither this layer's nor a square.
         """
-        tokens = left.shape[1]
-        side = round(tokens**0.5)
-        old = self.grid if tokens == self.grid[0] * self.grid[1] else (side, side)
-        if old[0] * old[1] != tokens:
-            raise ValueError(f"cannot resample a TokenMatrix of {tokens} tokens: its grid is not known")
+        heads, height, width, _ = left.shape
+        scale = height * width / (grid[0] * grid[1])
 
-        def rows(a: Tensor) -> Tensor:  # (M, N, K) -> (M, N', K)
-            a = a.transpose(0, 1).reshape(old[0], old[1], -1)
-            return (
-                resample_abs_pos_embed_nhwc(a, list(grid)).reshape(grid[0] * grid[1], left.shape[0], -1).transpose(0, 1)
-            )
+        def rows(a: Tensor) -> Tensor:  # (M, H, W, K) -> (M, H', W', K)
+            a = resample_abs_pos_embed_nhwc(a.permute(1, 2, 0, 3).flatten(2), list(grid))
+            return a.reshape(*grid, heads, -1).permute(2, 0, 1, 3).contiguous()
 
-        def columns(a: Tensor) -> Tensor:  # (M, K, N) -> (M, K, N')
-            return rows(a.transpose(1, 2)).transpose(1, 2) * (tokens / (grid[0] * grid[1]))
+        def columns(a: Tensor) -> Tensor:  # (M, K, H, W) -> (M, K, H', W')
+            return (rows(a.permute(0, 2, 3, 1)).permute(0, 3, 1, 2) * scale).contiguous()
 
-        if right is None:
-            return columns(rows(left)).contiguous(), None
-        return rows(left).contiguous(), columns(right).contiguous()
+        if right is not None:
+            return rows(left), columns(right)
+        whole = columns(rows(left).flatten(1, 2).unflatten(2, (height, width)))  # (M, N', H', W')
+        return whole.flatten(2).unflatten(1, grid), None
 
     @torch.jit.ignore
     def set_input_size(self, grid: Tuple[int, int]) -> None:

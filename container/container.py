@@ -554,7 +554,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         if not isinstance(module, TokenMatrix) or left not in state_dict:
             continue
         whole = (right in state_dict) == (module.right is not None)  # else it does not fit, and is refused below
-        if whole and state_dict[left].shape[1] != module.left.shape[1]:
+        if whole and state_dict[left].ndim == 4 and state_dict[left].shape[1:3] != module.left.shape[1:3]:
             resampled = module.resample(state_dict[left], state_dict.get(right), module.grid)
             state_dict = {
                 **state_dict,

@@ -228,6 +228,24 @@ def test_token_matrices_of_a_checkpoint_are_resampled(tmp_path):
     torch.testing.assert_close(target.eval()(x), source(x))
 
 
+@torch.no_grad()
+def test_token_matrices_know_the_grid_that_they_are_for(tmp_path):
+    """As many tokens are no proof of it: 64 x 128 pixels have as many as 128 x 64, and 32 x 128 as many as 64 x 64."""
+    for size, other in (((64, 128), (128, 64)), ((32, 128), (64, 64)), ((32, 128), (128, 128))):
+        source = randomize(timm.create_model("container_pam", img_size=size, **SMALL)).eval()
+        torch.save(source.state_dict(), tmp_path / "weights.pth")
+        target = timm.create_model("container_pam", img_size=other, **SMALL)
+        with pytest.raises(RuntimeError, match="size mismatch for stages.0.blocks.0.aggregation.static.left"):
+            target.load_state_dict(source.state_dict())
+        overlay = dict(file=str(tmp_path / "weights.pth"), num_classes=7)
+        target = timm.create_model(
+            "container_pam", pretrained=True, img_size=other, pretrained_cfg_overlay=overlay, **SMALL
+        )
+        source.set_input_size(other)
+        x = images(1, 3, *other)
+        torch.testing.assert_close(target.eval()(x), source(x))
+
+
 # Features
 
 

@@ -495,7 +495,11 @@ def test_cifar10(tmp_path):
         (None, ["--batch-size", "15"], "--batch-size 15 is odd, but mixup and cutmix mix images in pairs"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
-        (None, ["--pretrained", "--model", "container_light"], "`container weights fetch container_light.ai2_in1k` puts them there"),
+        (
+            None,
+            ["--pretrained", "--model", "container_light"],
+            "`container weights fetch container_light.ai2_in1k` puts them there",
+        ),
         (None, ["--checkpoint", "none.pth"], "no checkpoint at none.pth"),
         (None, ["--eval"], "--eval needs --checkpoint FILE or --pretrained"),
         (None, ["--teacher", "test_convnext"], "test_convnext knows 1000 classes, and the data has 2"),
