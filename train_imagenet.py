@@ -15,6 +15,7 @@ import math
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -31,6 +32,7 @@ from container.container import from_released, is_released
 from container.training import (
     HALF,
     Run,
+    check_classes,
     create_datasets,
     create_val_loader,
     evaluate,
@@ -139,29 +141,50 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def build_model(args: argparse.Namespace, num_classes: int, device: torch.device) -> torch.nn.Module:
+def build_model(
+    args: argparse.Namespace, num_classes: int, device: torch.device, class_names: list[str] | None = None
+) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for, with the weights asked for."""
     options: dict[str, Any] = {}
+    fresh: dict[str, Any] = {}
     cfg = get_pretrained_cfg(args.model)
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
-        options["img_size"] = args.img_size  # others take any size, and some no such argument
+        options["img_size"] = fresh["img_size"] = args.img_size  # others take any size, and some no such argument
     known = cfg.num_classes if cfg else None
     if args.checkpoint:
         weights = container.weights.read(args.checkpoint, use_ema=None if args.best == "ema" else False)
         if is_released(weights):
             weights = from_released(weights)
-        if (head := weights.get(f"{cfg.classifier}.weight" if cfg else "")) is not None:
+        classifier = f"{cfg.classifier}." if cfg else "?"
+        if (head := weights.get(f"{classifier}weight")) is not None:
             known = len(head)
+        names = container.weights.class_names(args.checkpoint)
+        if args.eval:
+            check_classes(args.checkpoint, names, class_names)
+        elif names and class_names and names != class_names:  # others, even if they are as many
+            weights, known = {key: t for key, t in weights.items() if not key.startswith(classifier)}, 0
         options["pretrained_cfg_overlay"] = dict(state_dict=weights, num_classes=known)
     if args.eval and known != num_classes:
         raise ValueError(f"the weights know {known} classes, and the data has {num_classes}")
-    model = timm.create_model(  # with other classes than the weights know, timm makes a new classifier
+    create = partial(
+        timm.create_model,
         args.model,
-        pretrained=args.pretrained or bool(args.checkpoint),
         num_classes=num_classes,
         drop_path_rate=args.drop_path or None,  # timm drops a None, for models that have no such argument
-        **options,
-    ).to(device)
+    )
+    if args.checkpoint:  # timm loads what fits, be it nothing: what is still as it began was not in the file
+        with torch.random.fork_rng(devices=[]):
+            began = {key: p for key, p in create(**fresh).named_parameters() if p.numel() > 1 and p.std() > 0}
+    model = create(pretrained=args.pretrained or bool(args.checkpoint), **options)
+    if args.checkpoint:
+        began = {key: p for key, p in began.items() if not key.startswith(classifier)}
+        left = [key for key, p in model.named_parameters() if key in began and torch.equal(p, began[key])]
+        if len(left) > len(began) / 10:
+            raise ValueError(
+                f"{args.checkpoint} is not for {args.model}: {len(left)} of {len(began)} weights are not in it, "
+                f"{left[0]} among them"
+            )
+    model = model.to(device)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
@@ -206,7 +229,7 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
     """Evaluates --checkpoint or --pretrained weights, prints the result, and returns top-1 in percent."""
     real = None
     _, dataset, num_classes = open_data(args)
-    model = build_model(args, num_classes, device)
+    model = build_model(args, num_classes, device, getattr(dataset, "classes", None))
     if args.real_labels:
         if dist.get_world_size() > 1:
             raise ValueError("--real-labels needs all images in one process")
@@ -221,7 +244,9 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
     tell_unreadable(dataset, "does not count")
     if dist.get_rank() == 0:
         side = " x ".join(map(str, config["input_size"][1:]))
-        print(f"{len(dataset)} images of {num_classes} classes at {side}, loss {metrics['loss']:.4f}")
+        if told := getattr(dataset, "left_out", ""):
+            print(told)
+        print(f"{metrics['images']} images of {num_classes} classes at {side}, loss {metrics['loss']:.4f}")
         print(f"{metrics['top1']:.2f} % top-1, {metrics['top5']:.2f} % top-5")
         if real is not None:
             print(f"{real.get_accuracy(1):.2f} % top-1, {real.get_accuracy(5):.2f} % top-5 by {args.real_labels}")
@@ -248,7 +273,8 @@ def main(argv: Sequence[str] | None = None) -> float:
         Validation top-1 in percent; NaN for a dry run.
     """
     args = parse_args(argv)
-    device = join_group(args.device)
+    with one_line(KeyError, RuntimeError, ValueError):
+        device = join_group(args.device)
     args.device = str(device)
     try:
         with one_line(AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError):
@@ -256,7 +282,7 @@ def main(argv: Sequence[str] | None = None) -> float:
                 return evaluate_weights(args, device)
             train_set, val_set, num_classes = open_data(args)
             seed_everything(args.seed)
-            model = build_model(args, num_classes, device)
+            model = build_model(args, num_classes, device, getattr(train_set, "classes", None))
             run = Run(args, model, build_task(args, model, device), train_set, val_set)
             if run.rank == 0:
                 print(run.plan)
@@ -268,7 +294,8 @@ def main(argv: Sequence[str] | None = None) -> float:
             top1 = run.train()
         if run.rank == 0:
             seconds, best = run.progress.total_seconds, run.output / "model_best.safetensors"
-            print(f"\n{top1:.2f} % of {len(run.val_set)} validation images right after {seconds:.0f} s")
+            counted = run.progress.history[-1]["eval_images"]
+            print(f"\n{top1:.2f} % of {counted} validation images right after {seconds:.0f} s")
             kind = "averaged weights" if args.best == "ema" else "weights"
             print(f"best {kind} of an epoch: {run.progress.best:.2f} %, in {best}")
             print(f"curves: {run.output / 'curves.png'}")

@@ -20,6 +20,7 @@ from torchvision.transforms.functional import to_pil_image
 from . import weights
 from .aggregation import Aggregation
 from .container import Container
+from .images import to_rgb
 
 __all__ = ["BlockView", "draw", "entropy", "gates", "look", "reach", "rows"]
 
@@ -374,8 +375,11 @@ def draw(
         raise ValueError(f"no model {name!r} in this family: `container list` has them")
     if tag and checkpoint:
         raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
-    with Image.open(image) as opened:
-        photo = opened.convert("RGB")
+    try:
+        with Image.open(image) as opened:
+            photo = to_rgb(opened)
+    except Image.DecompressionBombError as error:  # no OSError, as Pillow's others are
+        raise ValueError(f"{image}: {error}") from None
     if checkpoint:
         state = weights.fit(weights.read(checkpoint), name)
         network: Any = timm.create_model(name, num_classes=len(state.get("head.fc.bias", ())))

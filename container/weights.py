@@ -23,6 +23,7 @@ import timm
 import torch
 from filelock import FileLock
 from huggingface_hub import hf_hub_download
+from safetensors import safe_open
 from timm.models import (
     get_pretrained_cfg,
     load_state_dict,
@@ -38,6 +39,7 @@ from .container import checkpoint_filter_fn, is_released
 
 __all__ = [
     "check",
+    "class_names",
     "find",
     "fit",
     "manifest",
@@ -251,6 +253,21 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{path}: {key} has {(~torch.isfinite(tensor)).sum()} numbers that are NaN or infinite")
     return state_dict
+
+
+def class_names(path: str | Path) -> list[str] | None:
+    """Names of the classes in the order of the logits, if the file says them, as those of `train_imagenet.py` do.
+
+    Args:
+        path: A file that `read` takes.
+    """
+    try:
+        if str(path).endswith(".safetensors"):
+            with safe_open(path, "pt") as file:
+                return json.loads((file.metadata() or {}).get("classes", "null"))
+        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fixed"]["class_names"]
+    except Exception:  # whatever else lies there says no names
+        return None
 
 
 def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:

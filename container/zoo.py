@@ -144,6 +144,9 @@ def convert(
     record["file"] = dict(
         packaged=False, url=None, hf_hub_id=None, bytes=len(content), sha256=digest, format="safetensors"
     )
+    names = weights.class_names(path)
+    if names and len(names) == record["num_classes"]:
+        record["label_names"] = names
     if (summary := Path(path).with_name("summary.json")).is_file():
         record.update(_from_run(json.loads(summary.read_text()), Path(path).name))
     if trained_by:

@@ -235,7 +235,7 @@ def test_token_matrices_know_the_grid_that_they_are_for(tmp_path):
         source = randomize(timm.create_model("container_pam", img_size=size, **SMALL)).eval()
         torch.save(source.state_dict(), tmp_path / "weights.pth")
         target = timm.create_model("container_pam", img_size=other, **SMALL)
-        with pytest.raises(RuntimeError, match="size mismatch for stages.0.blocks.0.aggregation.static.left"):
+        with pytest.raises(RuntimeError, match=r"size mismatch for stages\.0\.blocks\.0\.aggregation\.static\.left"):
             target.load_state_dict(source.state_dict())
         overlay = dict(file=str(tmp_path / "weights.pth"), num_classes=7)
         target = timm.create_model(

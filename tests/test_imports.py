@@ -7,7 +7,8 @@ import sys
 from conftest import ROOT
 
 # From the lowest up; a module may import those before it.
-ROOMS = ["files", "affinity", "aggregation", "container", "weights", "fuse", "detection", "yolo", "figures", "zoo"]
+ROOMS = ["files", "images", "affinity", "aggregation", "container", "weights", "fuse"]
+ROOMS += ["detection", "yolo", "figures", "zoo"]
 TRAINING = ["seeding", "distributed", "recipe", "curves", "data", "loader", "checkpoint", "plan", "report", "run"]
 MODEL = ("affinity", "aggregation", "container")
 

@@ -24,8 +24,10 @@ from safetensors.torch import save_file
 from timm.data import create_transform
 from timm.task import ClassificationTask
 
+import container
 from container.training import Checkpoints, Digits
-from train_imagenet import main
+from container.training.run import growing
+from train_imagenet import build_model, main, parse_args
 
 # A run of seconds in which nothing is random but the order; the paper's recipe but for what is named here.
 SMALL = ["--epochs", "1", "--batch-size", "16", "--workers", "0", "--img-size", "32", "--model", "container_light_nano"]
@@ -505,6 +507,7 @@ def test_cifar10(tmp_path):
         (None, ["--teacher", "test_convnext"], "test_convnext knows 1000 classes, and the data has 2"),
         (None, ["--aa", "nonsense"], "Unknown AA policy nonsense"),
         (None, ["--lr-base", "1e30", "--warmup-lr", "1e30", *PLAIN], "loss is nan in epoch 1, step 2, at lr "),
+        (None, ["--device", "gpu"], "device type at start of device string: gpu"),
         (None, ["--nonsense"], "unrecognized arguments: --nonsense"),
         (None, ["--recipe", "none"], "no recipe none; there are cifar10, digits, finetune, modern, paper, smoke"),
         (None, ["--recipe", "digits", "--best", "ema"], "--best ema needs --ema-decay"),
@@ -529,6 +532,60 @@ def test_a_mistake_is_answered_in_one_line(folder, tmp_path, monkeypatch, capsys
     # What the interpreter prints for the exit: its argument, unless argparse has printed a line already.
     line = capsys.readouterr().err.splitlines()[-1] if exit.value.code == 2 else exit.value.code
     assert message in line and "\n" not in line
+
+
+def test_classes_are_known_by_their_names(folder, tmp_path, monkeypatch, capsys):
+    """A run's files say them, and neither --eval nor --resume takes data of other ones; fine-tuning begins anew."""
+    monkeypatch.chdir(tmp_path)
+    flags = [*SMALL, *PLAIN, "--output", "run"]
+    main(["--data-dir", str(folder), *flags])
+    assert json.loads((tmp_path / "run" / "summary.json").read_text())["class_names"] == ["bright", "dark"]
+    checkpoints = ["run/model_best.safetensors", str(next((tmp_path / "run").glob("checkpoint-*.pth")))]
+    for file in checkpoints:
+        assert container.weights.class_names(file) == ["bright", "dark"]
+        main(["--data-dir", str(folder), *SMALL, "--eval", "--checkpoint", file])
+    for split in ("train", "val"):
+        (folder / split / "bright").rename(folder / split / "white")
+    refused = "knows 2 classes, and the data has 2: number 0 is bright there, and dark here"
+    for file in checkpoints:
+        with pytest.raises(SystemExit, match=refused):
+            main(["--data-dir", str(folder), *SMALL, "--eval", "--checkpoint", file])
+    with pytest.raises(SystemExit, match=f"the run in run {refused}"):
+        main(["--data-dir", str(folder), *flags, "--resume", "auto", "--epochs", "2"])
+    args = parse_args(["--data-dir", str(folder), *SMALL, "--checkpoint", checkpoints[0]])
+    best = container.weights.read(checkpoints[0])
+    for names, kept in ((["bright", "dark"], True), (["dark", "white"], False), (None, True)):
+        model = build_model(args, 2, torch.device("cpu"), names)
+        assert torch.equal(model.head.fc.weight, best["head.fc.weight"]) == kept
+        assert torch.equal(model.norm.weight, best["norm.weight"])
+
+
+@pytest.mark.parametrize("name", ["resnet18", "container_light_nano"])
+def test_a_checkpoint_of_which_little_fits_is_refused(folder, tmp_path, name):
+    """timm itself begins such a run with random weights; half of a checkpoint is as wrong as nothing of it."""
+    state = timm.create_model(name, num_classes=10).state_dict()
+    parts = {key: tensor for i, (key, tensor) in enumerate(state.items()) if i % 2}
+    for wrong in ({f"model.{key}": tensor for key, tensor in state.items()}, parts):
+        torch.save(dict(state_dict=wrong), tmp_path / "wrong.pth")
+        with pytest.raises(SystemExit, match=r"wrong.pth is not for resnet18: \d+ of|does not fit container_light"):
+            main(["--data-dir", str(folder), *SMALL, "--model", name, "--checkpoint", str(tmp_path / "wrong.pth")])
+    torch.save(dict(state_dict=state), tmp_path / "right.pth")
+    args = parse_args(["--data-dir", str(folder), *SMALL, "--model", name, "--checkpoint", str(tmp_path / "right.pth")])
+    model = build_model(args, 2, torch.device("cpu"))
+    key = next(iter(state))
+    assert torch.equal(model.state_dict()[key], state[key])
+
+
+def test_images_grow_to_the_model_s_size(folder):
+    assert growing(64, 80, 4) == [64, 64, 64, 80] and growing(32, 48, 3) == [32, 32, 48]
+    assert growing(160, 224, 5) == [160, 192, 192, 192, 224] and growing(160, 224, 1) == growing(224, 224, 1) == [224]
+    assert growing(10, 32, 3) == [10, 32, 32]
+    for model, start, message in (
+        ("container_light_nano", "64", "--start-size 64 is larger than the model's images, 32: images cannot shrink"),
+        ("container_mixer", "32", "container_mixer is tied to one image size: images cannot grow from --start-size"),
+    ):
+        with pytest.raises(SystemExit, match=message):
+            main(["--data-dir", str(folder), *SMALL, "--model", model, "--start-size", start, "--dry-run"])
 
 
 def test_a_classifier_in_the_released_layout_is_evaluated(folder, tmp_path, capsys):

@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
-from .data import Digits, Images, create_datasets, open_validation
+from .data import Digits, Images, check_classes, create_datasets, open_validation
 from .distributed import StopSignal, agree, join_group
 from .loader import create_train_loader, create_val_loader, epoch_batches
 from .plan import estimate
@@ -21,6 +21,7 @@ __all__ = [
     "Run",
     "StopSignal",
     "agree",
+    "check_classes",
     "create_datasets",
     "create_train_loader",
     "create_val_loader",

@@ -2,8 +2,10 @@
 
 import os
 import tarfile
-from collections.abc import Callable
+from collections import Counter
+from collections.abc import Callable, Iterable
 from contextlib import suppress
+from itertools import takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +14,14 @@ from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_dataset
 from timm.data.auto_augment import NAME_TO_OP
 from timm.data.readers.img_extensions import get_img_extensions
+from timm.data.readers.reader import Reader
+from timm.data.readers.reader_image_in_tar import ReaderImageInTar
+from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-__all__ = ["Digits", "Images", "create_datasets", "open_validation"]
+from container.images import to_rgb
+
+__all__ = ["Digits", "Images", "check_classes", "create_datasets", "open_validation"]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
@@ -46,6 +53,7 @@ class Digits(Dataset):
     """
 
     num_classes = 10
+    classes = [str(digit) for digit in range(num_classes)]
 
     def __init__(self, train: bool) -> None:
         try:
@@ -69,27 +77,124 @@ class Digits(Dataset):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
 
+def _in_order(names: Iterable[str]) -> list[str]:
+    """Names of classes by their numbers, as timm has it; those that are equal so far (A and a, 1 and 01) by letters."""
+    return sorted(set(names), key=lambda name: (natural_key(name), name))
+
+
+class _Folder(Reader):
+    """Images in class folders: all below one, however deep, are of that class, as torchvision's ImageFolder has it.
+
+    Note: timm's reader takes the folder that an image lies in for its class, whatever that is in.
+
+    Args:
+        root: Folder of the class folders.
+
+    Raises:
+        PermissionError: A folder cannot be read.
+        ValueError: Images lie in `root` itself, or a class has none.
+    """
+
+    def __init__(self, root: Path) -> None:
+        super().__init__()
+        self.root, suffixes = root, get_img_extensions(as_set=True)
+        self.left_out: Counter[str] = Counter()  # files by suffix
+        found: dict[str, list[str]] = {}
+        for folder in (entry for entry in os.scandir(root) if entry.is_dir()):
+            images, seen = found.setdefault(folder.name, []), set()
+            for place, folders, files in os.walk(folder.path, onerror=_raise, followlinks=True):
+                if (real := os.path.realpath(place)) in seen:
+                    folders.clear()  # a link back to where the walk has been
+                    continue
+                seen.add(real)
+                for file in files:
+                    if (suffix := os.path.splitext(file)[1].lower()) in suffixes:
+                        images.append(os.path.join(place, file))
+                    elif not file.startswith("."):
+                        self.left_out[suffix or "none"] += 1
+        named = f"({', '.join(get_img_extensions())})"
+        if any(os.path.splitext(path.name)[1].lower() in suffixes for path in root.iterdir() if path.is_file()):
+            raise ValueError(f"images in {root} itself, and not in class folders")
+        if not any(found.values()):
+            raise ValueError(f"no images in class folders of {root} {named}")
+        if empty := [name for name, images in found.items() if not images]:
+            raise ValueError(f"{len(empty)} class folders without images {named}, among them {root / empty[0]}")
+        self.class_to_idx = {name: i for i, name in enumerate(_in_order(found))}
+        pairs = [(path, self.class_to_idx[name]) for name, images in found.items() for path in images]
+        self.samples = sorted(pairs, key=lambda pair: (natural_key(pair[0]), pair[0]))
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        path, target = self.samples[index]
+        return open(path, "rb"), target
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        path = self.samples[index][0]
+        return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
+
+
+def _raise(error: OSError) -> None:
+    raise PermissionError(f"folder {error.filename} cannot be read")
+
+
+def _open_tar(path: Path) -> ReaderImageInTar:
+    """timm's reader over a tar file of class folders or of a tar file for each class.
+
+    Note: timm keeps an index beside a large archive, and believes it also when the archive is another; here is none.
+
+    Raises:
+        ValueError: It has no images, or folders in class folders, of which nobody can tell which are the classes.
+    """
+    try:
+        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+    except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
+        raise ValueError(f"no images in class folders of {path}") from error
+    folders = set()
+    for file, _, outer in reader.samples:  # `outer` is the tar file of the class, where there is one
+        place = os.path.join(os.path.splitext(outer.name)[0] if outer else "", os.path.dirname(file.name))
+        folders.add(tuple(part for part in place.split(os.sep) if part not in ("", ".")))
+    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))))
+    depth = max(0, min(common, min(map(len, folders)) - 1))  # of the folder that the class folders are in
+    if deeper := [folder for folder in folders if len(folder) != depth + 1]:
+        which = "/".join(deeper[0]) or "its top"
+        raise ValueError(f"{path} has folders in class folders, or images outside of them: in {which}")
+    classes = _in_order(reader.class_name_to_idx)
+    order = {reader.class_name_to_idx[name]: i for i, name in enumerate(classes)}
+    reader.targets = [order[int(target)] for target in reader.targets]
+    reader.class_name_to_idx = {name: i for i, name in enumerate(classes)}
+    return reader
+
+
 class Images(ImageDataset):
     """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
 
     In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
     The notes are in shared memory, so that the workers that read write them for the process that trains. `classes` are
-    the names of the classes in order.
+    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix.
 
     Args:
-        root: As timm's.
-        reader: As timm's.
+        root: A folder of class folders, or a tar file; with a reader, as timm's.
+        reader: '' or timm's 'hfds/NAME'.
         train: Whether for training.
         split: As timm's.
     """
 
     def __init__(self, root: str | None, reader: str = "", train: bool = False, split: str = "train") -> None:
-        super().__init__(root, reader=reader, split=split)
+        path = Path(root or "")
+        super().__init__(root, reader=reader or (_Folder(path) if path.is_dir() else _open_tar(path)), split=split)
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
         self.classes = sorted(by_index, key=by_index.__getitem__)
+        others: Any = getattr(self.reader, "left_out", Counter())
+        self.left_out = (
+            f"{others.total()} files with other suffixes ({', '.join(sorted(others))}) in {root} are not used"
+            if others
+            else ""
+        )
 
     def __getitem__(self, index: int) -> tuple[object, int]:
         """The image, RGB and transformed, and its class."""
@@ -97,7 +202,7 @@ class Images(ImageDataset):
             try:
                 file, target = self.reader[candidate]
                 with file:
-                    image = Image.open(file).convert("RGB")
+                    image = to_rgb(Image.open(file))
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True
@@ -130,26 +235,21 @@ def _split(root: Path, names: tuple[str, ...]) -> Path:
     raise FileNotFoundError(f"no folder {' or '.join(names)} (or .tar) in {root}")
 
 
-def _open(path: Path, train: bool) -> Images:
-    """A folder or a tar file with a folder for each class."""
-    folders = sorted(child for child in path.iterdir() if child.is_dir()) if path.is_dir() else []
-    for folder in folders:
-        if not os.access(folder, os.R_OK | os.X_OK):
-            raise PermissionError(f"folder {folder} cannot be read")
-    try:
-        images = Images(str(path), train=train)
-    except (AssertionError, RuntimeError, tarfile.TarError) as error:
-        raise ValueError(f"no images in class folders of {path}") from error
-    classes = set(images.classes)
-    if "" in classes and path.is_dir():
-        raise ValueError(f"images in {path} itself, and not in class folders")
-    empty = [f for f in folders if f.name not in classes and not any(p.name in classes for p in f.rglob("*/"))]
-    if empty:
-        extensions = ", ".join(get_img_extensions())
-        raise ValueError(f"{len(empty)} class folders without images ({extensions}), among them {empty[0]}")
-    if not len(images):
-        raise ValueError(f"no images in class folders of {path}")
-    return images
+def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> None:
+    """Refuses data whose classes are others than those that weights or a run know, where both have names.
+
+    Args:
+        of: What knows them.
+        known: Names in the order of the logits, or None.
+        found: Names in the order of the data's labels, or None.
+
+    Raises:
+        ValueError: They differ.
+    """
+    if known and found and known != found:
+        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(known, found)) if pair[0] != pair[1])
+        counts = f"{len(known)} classes, and the data has {len(found)}"
+        raise ValueError(f"{of} knows {counts}: number {i} is {there or 'none'} there, and {here or 'none'} here")
 
 
 def open_validation(data_dir: str | Path) -> tuple[Images, int]:
@@ -172,7 +272,7 @@ def open_validation(data_dir: str | Path) -> tuple[Images, int]:
         raise FileNotFoundError(f"no folder {root}")
     with suppress(FileNotFoundError):
         root = _split(root, _VAL_NAMES)
-    images = _open(root, train=False)
+    images = Images(str(root))
     return images, len(images.classes)
 
 
@@ -214,11 +314,11 @@ def create_datasets(
         raise ValueError(f"{dataset} needs the folder that it is in: --data-dir")
     if kind == "digits":
         train, val = Digits(train=True), Digits(train=False)
-        names, val_names = [list(map(str, range(Digits.num_classes)))] * 2
+        names = val_names = Digits.classes
     elif kind == "":
         assert data_dir is not None
-        train = _open(_split(Path(data_dir), _TRAIN_NAMES), train=True)
-        val = _open(_split(Path(data_dir), _VAL_NAMES), train=False)
+        train = Images(str(_split(Path(data_dir), _TRAIN_NAMES)), train=True)
+        val = Images(str(_split(Path(data_dir), _VAL_NAMES)))
         names, val_names = train.classes, val.classes
     elif kind == "torch":
         try:

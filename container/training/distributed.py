@@ -21,9 +21,10 @@ def join_group(device: str) -> torch.device:
     Returns:
         This process's device.
     """
+    target = torch.device(device)  # before anything is joined: it may be a name of none
     if "RANK" not in os.environ:
         dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        return torch.device(device)
+        return target
     if device.startswith("cuda"):
         device = f"cuda:{os.environ['LOCAL_RANK']}"
         torch.cuda.set_device(device)

@@ -100,7 +100,7 @@ def create_val_loader(
 
     Args:
         dataset: timm's, or any with a `transform`.
-        config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`.
+        config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
         batch_size: Images of this process.
         workers: Processes that load.
         device: Where images are moved to and normalized.
@@ -110,6 +110,7 @@ def create_val_loader(
         use_prefetcher=True,
         interpolation=config["interpolation"],
         crop_pct=config["crop_pct"],
+        crop_mode=config["crop_mode"],
     )
     if isinstance(dataset, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)

@@ -1,6 +1,7 @@
 """A training run."""
 
 import argparse
+import json
 import math
 import signal
 import sys
@@ -28,7 +29,7 @@ from tqdm import tqdm
 from container.files import write_atomically
 
 from .checkpoint import Checkpoints, Progress
-from .data import Images
+from .data import Images, check_classes
 from .distributed import StopSignal, agree
 from .loader import create_train_loader, create_val_loader, epoch_batches
 from .plan import estimate
@@ -42,6 +43,26 @@ HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 FREE = {"output", "resume", "recipe", "save_steps", "device", "workers", "data_dir", "batch_size", "grad_accum"}
 
 
+def growing(start: int, end: int, epochs: int) -> list[int]:
+    """Side of the images in each epoch: from `start` to `end` in multiples of 32, both exactly.
+
+    Args:
+        start: Of the first epoch.
+        end: Of the last one, and of a single one.
+        epochs: How many there are.
+
+    Raises:
+        ValueError: `start` is larger than `end`.
+    """
+    if start > end:
+        raise ValueError(f"--start-size {start} is larger than the model's images, {end}: images cannot shrink")
+    even = [start + (end - start) * epoch / max(epochs - 1, 1) for epoch in range(epochs)]
+    sizes = [min(max(round(size / 32) * 32, start), end) for size in even]
+    sizes[0] = start
+    sizes[-1] = end
+    return sizes
+
+
 @torch.inference_mode()
 def evaluate(
     args: argparse.Namespace,
@@ -50,7 +71,9 @@ def evaluate(
     ema: bool = False,
     real: RealLabelsImagenet | None = None,
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 (in percent) over the validation data, of the model or of its averaged weights.
+    """Loss, top-1 and top-5 (in percent) over the validation data, and how many `images` counted.
+
+    Of the model, or of its averaged weights.
 
     Args:
         args: The settings, as `train_imagenet.py` names them.
@@ -70,7 +93,11 @@ def evaluate(
         if real is not None:
             real.add_result(logits)
         evaluator.update(logits[targets >= 0], targets[targets >= 0])
-    return evaluator.compute(distributed=dist.get_world_size() > 1)
+    metrics = evaluator.compute(distributed=dist.get_world_size() > 1)
+    count = evaluator.counts[0].clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(count)
+    return {**metrics, "images": int(count)}
 
 
 def autocast(args: argparse.Namespace, device: torch.device) -> torch.autocast:
@@ -108,13 +135,17 @@ class Run:
         self.model, self.task, self.train_set, self.val_set = model, task, train_set, val_set
         self.config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
         self.size = self.config["input_size"][-1]
+        self.sizes = growing(args.start_size or self.size, self.size, args.epochs)
+        if args.start_size is not None and model.pretrained_cfg.get("fixed_input_size"):
+            raise ValueError(f"{args.model} is tied to one image size: images cannot grow from --start-size")
         self.images = args.batch_size * args.grad_accum * self.world  # of a step
-        self.loader = self.train_loader(self.size)
+        self.loader, self.loader_size = self.train_loader(self.sizes[0]), self.sizes[0]
         self.val_loader = create_val_loader(val_set, self.config, args.batch_size, args.workers, task.device)
         self.steps = len(self.loader) // args.grad_accum  # of an epoch
         if self.steps == 0:
             raise ValueError(f"a step of {self.images} images for {len(train_set)} training images")
         lr, warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
+        told = "".join(f"{part.left_out}\n" for part in (train_set, val_set) if getattr(part, "left_out", ""))
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
         self.plan = (
             f"{args.model} at {self.size} px: {self.cost['params'] / 1e6:.2f} M parameters, "
@@ -123,6 +154,7 @@ class Run:
             f"recipe {args.recipe}: {args.epochs} epochs of {self.steps} steps of {self.images} images "
             f"({self.world} x {args.batch_size} x {args.grad_accum})\n"
             f"learning rate {args.warmup_lr:.1e} to {lr:.1e} in {warmup_epochs} epochs, then to {args.min_lr:.1e}\n"
+            f"{told}"
             f"on {task.device.type}, memory about {self.cost['gib']:.2f} GiB per process"
         )
 
@@ -150,7 +182,7 @@ class Run:
         if self.task.has_ema():
             self.parts["state_dict_ema"] = unwrap_model(self.task.get_trainable_module(ema=True))
         self.fixed = {key: value for key, value in vars(args).items() if key not in FREE}
-        self.fixed |= dict(images=self.images, steps=self.steps)
+        self.fixed |= dict(images=self.images, steps=self.steps, class_names=getattr(train_set, "classes", None))
 
     def train_loader(self, size: int) -> PrefetchLoader:
         """Training images of a size."""
@@ -179,9 +211,11 @@ class Run:
         saved = [Checkpoints(self.args.output).load() if self.args.resume and self.rank == 0 else None]
         dist.broadcast_object_list(saved)  # nodes need not share a disk
         if (state := saved[0]) is not None:
+            fixed = state["fixed"]
+            check_classes(f"the run in {self.args.output}", fixed.get("class_names"), self.fixed["class_names"])
             for key, value in self.fixed.items():
-                if state["fixed"].get(key) != value:
-                    raise ValueError(f"{self.args.output} was begun with {key} {state['fixed'].get(key)}, not {value}")
+                if fixed.get(key, value) != value:  # a later version may know more settings
+                    raise ValueError(f"{self.args.output} was begun with {key} {fixed[key]}, not {value}")
             for key, part in self.parts.items():
                 part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
@@ -207,10 +241,8 @@ class Run:
             FloatingPointError: The loss is not finite; the weights are those before the step.
         """
         args, progress, accum = self.args, self.progress, self.args.grad_accum
-        if args.start_size is not None:
-            grown = progress.epoch / max(args.epochs - 1, 1)
-            size = round((args.start_size + (self.size - args.start_size) * grown) / 32) * 32
-            self.loader = self.train_loader(size)
+        if (size := self.sizes[progress.epoch]) != self.loader_size:
+            self.loader, self.loader_size = self.train_loader(size), size
         batches = epoch_batches(self.loader, args.seed, progress.epoch, progress.step * accum)
         self.task.train()
         while progress.step < self.steps:
@@ -266,7 +298,7 @@ class Run:
         metrics = evaluate(args, self.task, self.val_loader)
         if self.task.has_ema():
             averaged = evaluate(args, self.task, self.val_loader, ema=True)
-            metrics |= {f"ema_{key}": value for key, value in averaged.items()}
+            metrics |= {f"ema_{key}": value for key, value in averaged.items() if key != "images"}
         tell_unreadable(self.val_set, "does not count")
         row = dict(
             epoch=progress.epoch,
@@ -288,7 +320,8 @@ class Run:
             if better:
                 # The weights that were the best, alone: of a checkpoint with both, timm loads the averaged.
                 weights = get_state_dict(self.task.get_eval_model(ema=args.best == "ema"))
-                best = save({key: tensor.contiguous() for key, tensor in weights.items()})
+                names = dict(format="pt", classes=json.dumps(self.fixed["class_names"]))
+                best = save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata=names)
                 write_atomically(self.output / "model_best.safetensors", best)
             self.save()
             self.write_report()
@@ -302,6 +335,7 @@ class Run:
             recipe=self.args.recipe,
             model=dict(name=self.args.model, image_size=self.size, **self.cost),
             data=dict(train_images=len(self.train_set), val_images=len(self.val_set), classes=self.model.num_classes),
+            class_names=self.fixed["class_names"],
             epochs=progress.epoch,
             seconds=progress.total_seconds,
             best=dict(weights=self.args.best, top1=progress.best, file="model_best.safetensors"),

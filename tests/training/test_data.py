@@ -17,7 +17,7 @@ from PIL import Image
 from timm.data.auto_augment import AugmentOp, rand_augment_transform
 from torchvision.datasets import CIFAR10
 
-from container.training import Digits, Images, create_datasets, open_validation
+from container.training import Digits, Images, check_classes, create_datasets, open_validation
 
 # timm's tar reader and Hugging Face's cache leave closing their files to the garbage collector.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -199,3 +199,92 @@ except OSError as error:
     finally:
         (root / "train" / "b").chmod(0o755)
         shutil.rmtree(root)
+
+
+def place(path, count=1):
+    path.mkdir(parents=True)
+    for i in range(count):
+        Image.new("RGB", (4, 4)).save(path / f"{i}.png")
+
+
+def test_classes_have_one_order_in_every_process(tmp_path):
+    """Names that are equal but for case or zeros too; all others as timm orders them."""
+    names = ["a", "A", "b", "B", "1", "01", "10", "2", "n02"]
+    for name in names:
+        place(tmp_path / "data" / name)
+    with tarfile.open(tmp_path / "data.tar", "w") as archive:
+        archive.add(tmp_path / "data", "data")
+    code = (
+        "import sys; from container.training import Images; print([Images(path).classes for path in sys.argv[1:]]); "
+        "print([[images[i][1] for i in range(9)] for images in map(Images, sys.argv[1:])])"
+    )
+    for seed in range(3):
+        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
+        command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "data", tmp_path / "data.tar"]
+        result = subprocess.run(command, env=environment, capture_output=True, text=True)
+        assert result.stdout == f"{[['01', '1', '2', '10', 'A', 'a', 'B', 'b', 'n02']] * 2}\n{[list(range(9))] * 2}\n"
+
+
+def test_folders_in_class_folders_are_of_the_class(tmp_path):
+    for name in ("cat/day", "cat/night", "dog/day", "dog"):
+        (tmp_path / name).mkdir(parents=True, exist_ok=True)
+        Image.new("RGB", (4, 4)).save(tmp_path / name / "x.png")
+    (tmp_path / "dog" / "loop").symlink_to(tmp_path / "dog")
+    (tmp_path / "eel").symlink_to(tmp_path / "cat")
+    images = Images(str(tmp_path))
+    assert images.classes == ["cat", "dog", "eel"] and [images[i][1] for i in range(6)] == [0, 0, 1, 1, 2, 2]
+    assert images.filenames()[2] == "dog/day/x.png"
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("members", [["cat/day", "cat/night", "dog/day"], ["cat/day", "dog/night"], ["cat", "."]])
+def test_folders_in_class_folders_of_a_tar_are_refused(tmp_path, members):
+    """Nobody can tell there which are the classes; `train/cat` and `train/dog` are clear."""
+    place(tmp_path / "x")
+    for prefix in ("", "train/"):
+        with tarfile.open(tmp_path / "train.tar", "w") as archive:
+            for member in members:
+                archive.add(tmp_path / "x", prefix + member)
+        with pytest.raises(ValueError, match="has folders in class folders, or images outside of them: in "):
+            Images(str(tmp_path / "train.tar"))
+        with tarfile.open(tmp_path / "train.tar", "w") as archive:
+            for member in ("cat", "dog"):
+                archive.add(tmp_path / "x", prefix + member)
+        assert Images(str(tmp_path / "train.tar")).classes == ["cat", "dog"]
+
+
+@LEFT_OPEN
+def test_no_index_of_a_large_archive_outlives_it(tmp_path):
+    """One of more than 10 GB: a hole behind its end. timm would write an index beside it, and believe that."""
+    for name in ("cat", "dog"):
+        place(tmp_path / name, 2)
+    for order in (("cat", "dog"), ("dog", "cat")):
+        with tarfile.open(tmp_path / "train.tar", "w") as archive:
+            for name in order:
+                archive.add(tmp_path / name, name)
+        os.truncate(tmp_path / "train.tar", 11 << 30)
+        images = Images(str(tmp_path / "train.tar"))
+        assert images.filenames() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
+        assert [images[i][1] for i in range(4)] == [0, 0, 1, 1] and not images.unreadable.any()
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog", "train.tar"]
+
+
+def test_other_suffixes_are_counted(folder):
+    assert Images(str(folder / "train")).left_out == ""
+    for i in range(3):
+        (folder / "train" / "dark" / f"{i}.jpg").rename(folder / "train" / "dark" / f"{i}.WEBP")
+    (folder / "train" / "dark" / "README").touch()
+    (folder / "train" / "dark" / ".DS_Store").touch()
+    images = Images(str(folder / "train"))
+    assert images.left_out == f"4 files with other suffixes (.webp, none) in {folder / 'train'} are not used"
+    assert len(images) == 45
+
+
+def test_classes_of_other_names_are_refused():
+    check_classes("x", ["a", "b"], ["a", "b"])
+    check_classes("x", None, ["a"])
+    check_classes("x", ["a"], None)
+    with pytest.raises(ValueError, match="x knows 2 classes, and the data has 2: number 1 is b there, and c here"):
+        check_classes("x", ["a", "b"], ["a", "c"])
+    with pytest.raises(ValueError, match="x knows 1 classes, and the data has 2: number 1 is none there, and c here"):
+        check_classes("x", ["a"], ["a", "c"])

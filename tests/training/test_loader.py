@@ -3,12 +3,16 @@
 import io
 import json
 import tarfile
+from types import SimpleNamespace
 
+import numpy as np
 import pytest
+import timm
 import torch
 import torch.distributed as dist
 from PIL import Image
-from timm.data import create_loader
+from timm.data import create_loader, create_transform, resolve_model_data_config
+from torch.utils.data import Dataset
 
 from container.training import (
     Digits,
@@ -19,7 +23,8 @@ from container.training import (
     join_group,
 )
 
-CONFIG = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3, crop_pct=0.9)
+CONFIG = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
+CONFIG |= dict(crop_pct=0.9, crop_mode="center")
 AUGMENTATION = dict(scale=(0.5, 1.0), hflip=0.5, auto_augment="rand-m9-mstd0.5-inc1")
 CPU = torch.device("cpu")
 
@@ -126,3 +131,24 @@ def test_a_class_out_of_range_is_named(shards):
     train, _, _ = create_datasets(shards, "wds/", num_classes=1, batch_size=8)
     with pytest.raises(ValueError, match="an image of class 1, but there are 1 classes, 0 the first"):
         list(epoch_batches(loader(1, train), seed=1, epoch=0))
+
+
+@pytest.mark.parametrize("name", ["resnet50.a1_in1k", "convnext_base.fb_in22k_ft_in1k_384"])
+def test_validation_images_are_what_timm_makes_of_them(name):
+    """The second is squashed, and not cropped."""
+    cfg = timm.get_pretrained_cfg(name)
+    config = resolve_model_data_config(SimpleNamespace(pretrained_cfg=cfg.to_dict()))
+    assert config["crop_mode"] == ("squash" if "384" in name else "center")
+    picture = Image.fromarray(np.random.randint(0, 256, (100, 300, 3), dtype=np.uint8))
+
+    class One(Dataset):
+        transform = None
+
+        def __len__(self):
+            return 1
+
+        def __getitem__(self, index):
+            return self.transform(picture), 0
+
+    ours, _ = next(iter(create_val_loader(One(), config, 1, 0, torch.device("cpu"))))
+    torch.testing.assert_close(ours[0], create_transform(**config)(picture), rtol=0, atol=1e-5)

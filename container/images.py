@@ -1,0 +1,30 @@
+"""Pictures as people see them."""
+
+import numpy as np
+from PIL import Image, ImageOps
+
+__all__ = ["to_rgb"]
+
+_LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
+
+
+def to_rgb(image: Image.Image) -> Image.Image:
+    """A picture in RGB with 8 bits, its upper edge above.
+
+    Note: timm and torchvision leave a phone's photo on its side (EXIF orientation), and clip grey of 16 bits at 255, so
+    that it is white. Here photos are turned, and 16 bits scaled to 8.
+
+    Args:
+        image: As Pillow opens it.
+
+    Raises:
+        ValueError: It has grey values whose scale is not known (32 bits, floats), or is over 100 times as long as wide.
+    """
+    if max(image.size) > _LONGEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
+    ImageOps.exif_transpose(image, in_place=True)
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older Pillows open them
+        image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
+    elif image.mode in ("I", "F"):
+        raise ValueError(f"the scale of grey values of mode {image.mode} is not known")
+    return image.convert("RGB")
