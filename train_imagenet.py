@@ -13,7 +13,7 @@ import argparse
 import json
 import math
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
 from pathlib import Path
@@ -31,6 +31,7 @@ import container
 from container.container import from_released, is_released
 from container.training import (
     HALF,
+    Checkpoints,
     Run,
     check_classes,
     create_datasets,
@@ -57,7 +58,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", help="settings: a name in recipes/")
     run.add_argument("--output", default="output", help="new folder for all that a run leaves (-1, -2, ... if taken)")
-    run.add_argument("--resume", choices=("auto",), help="go on with the run in --output, if there is one")
+    run.add_argument(
+        "--resume",
+        choices=("auto", "force"),
+        help="go on with the run in --output, if there is one; with other settings",
+    )
     run.add_argument("--save-steps", type=int, default=0, help="checkpoint every so many steps, besides every epoch")
     run.add_argument("--eval", action="store_true", help="evaluate --checkpoint or --pretrained weights, and stop")
     run.add_argument("--dry-run", action="store_true", help="print what the run would cost, and stop")
@@ -146,10 +151,9 @@ def build_model(
 ) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for, with the weights asked for."""
     options: dict[str, Any] = {}
-    fresh: dict[str, Any] = {}
     cfg = get_pretrained_cfg(args.model)
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
-        options["img_size"] = fresh["img_size"] = args.img_size  # others take any size, and some no such argument
+        options["img_size"] = args.img_size  # others take any size, and some no such argument
     known = cfg.num_classes if cfg else None
     if args.checkpoint:
         weights = container.weights.read(args.checkpoint, use_ema=None if args.best == "ema" else False)
@@ -171,21 +175,29 @@ def build_model(
         args.model,
         num_classes=num_classes,
         drop_path_rate=args.drop_path or None,  # timm drops a None, for models that have no such argument
+        **options,
     )
-    if args.checkpoint:  # timm loads what fits, be it nothing: what is still as it began was not in the file
-        with torch.random.fork_rng(devices=[]):
-            began = {key: p for key, p in create(**fresh).named_parameters() if p.numel() > 1 and p.std() > 0}
-    model = create(pretrained=args.pretrained or bool(args.checkpoint), **options)
     if args.checkpoint:
-        began = {key: p for key, p in began.items() if not key.startswith(classifier)}
-        left = [key for key, p in model.named_parameters() if key in began and torch.equal(p, began[key])]
-        if len(left) > len(began) / 10:
-            raise ValueError(
-                f"{args.checkpoint} is not for {args.model}: {len(left)} of {len(began)} weights are not in it, "
-                f"{left[0]} among them"
-            )
+        check_fit(args, create, classifier)
+    model = create(pretrained=args.pretrained or bool(args.checkpoint))
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
+
+
+def check_fit(args: argparse.Namespace, create: Callable[..., torch.nn.Module], classifier: str) -> None:
+    """Refuses a checkpoint of which little fits: timm loads what does, be it nothing, where classes differ."""
+    models = []
+    for pretrained in (False, True):
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(0x5EED)  # so that what is equal in both was not in the file
+            models.append(dict(create(pretrained=pretrained).named_parameters()))
+    drawn = [key for key, p in models[0].items() if p.numel() > 1 and p.std() > 0 and not key.startswith(classifier)]
+    left = [key for key in drawn if torch.equal(models[0][key], models[1][key])]
+    if len(left) > len(drawn) / 10:
+        raise ValueError(
+            f"{args.checkpoint} is not for {args.model}: {len(left)} of {len(drawn)} weights are not in it, "
+            f"{left[0]} among them"
+        )
 
 
 def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
@@ -276,12 +288,15 @@ def main(argv: Sequence[str] | None = None) -> float:
     with one_line(KeyError, RuntimeError, ValueError):
         device = join_group(args.device)
     args.device = str(device)
+    run = None
     try:
         with one_line(AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError):
             if args.eval:
                 return evaluate_weights(args, device)
             train_set, val_set, num_classes = open_data(args)
             seed_everything(args.seed)
+            if args.resume and Checkpoints(args.output).paths():
+                args.checkpoint, args.pretrained = None, False  # a run's checkpoints hold all that it began with
             model = build_model(args, num_classes, device, getattr(train_set, "classes", None))
             run = Run(args, model, build_task(args, model, device), train_set, val_set)
             if run.rank == 0:
@@ -301,6 +316,8 @@ def main(argv: Sequence[str] | None = None) -> float:
             print(f"curves: {run.output / 'curves.png'}")
         return top1
     finally:
+        if run is not None:
+            run.close()
         dist.destroy_process_group()
 
 

@@ -2,16 +2,38 @@
 
 import hashlib
 import io
+import os
+import socket
 import sys
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
 import torch
+from filelock import FileLock, Timeout
 
 from container.files import write_atomically
 
-__all__ = ["Checkpoints", "Progress"]
+__all__ = ["Checkpoints", "Progress", "lock"]
+
+
+def lock(folder: Path) -> FileLock:
+    """Takes a run's folder for this process, until it is released or the process ends.
+
+    Args:
+        folder: The run's.
+
+    Raises:
+        ValueError: Another process has it.
+    """
+    held, owner = FileLock(folder / ".lock"), folder / ".owner"
+    try:
+        held.acquire(timeout=0)
+    except Timeout:
+        who = owner.read_text() if owner.exists() else "another process"
+        raise ValueError(f"{folder} is the folder of a run in progress ({who})") from None
+    owner.write_text(f"process {os.getpid()} on {socket.gethostname()}")
+    return held
 
 
 @dataclass
@@ -28,6 +50,9 @@ class Progress:
     wait: float = 0.0  # seconds of them spent waiting for data
     seconds: float = 0.0  # spent on them
     total_seconds: float = 0.0
+    lr: float = 0.0  # of the last step
+    bad: int = 0  # steps left out in a row, as their gradient was not finite
+    skipped: int = 0  # steps left out in all
     best: float | None = None  # validation top-1, percent
     history: list[dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
 
@@ -51,8 +76,12 @@ class Checkpoints:
         """The checkpoints, the newest first."""
         return sorted(self.folder.glob("checkpoint-*-*.pth"), reverse=True)
 
+    def damaged(self) -> list[Path]:
+        """What `load` found damaged and has set aside."""
+        return sorted(self.folder.glob("checkpoint-*-*.damaged"))
+
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes those that are too old.
+        """Writes a checkpoint, then removes those that are too old, and another one of the same step.
 
         Args:
             step: Optimizer steps done.
@@ -65,12 +94,13 @@ class Checkpoints:
         torch.save(state, buffer)
         path = self.folder / f"checkpoint-{step:08d}-{_digest(buffer.getbuffer())}.pth"
         write_atomically(path, buffer.getbuffer())
-        for old in self.paths()[self.keep :]:
+        same = [other for other in self.paths() if other != path and other.name[:20] == path.name[:20]]
+        for old in same + [other for other in self.paths() if other not in same][self.keep :]:
             old.unlink()
         return path
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and passed over.
+        """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and set aside.
 
         What an interrupted `write_atomically` has left in the folder is removed.
 
@@ -83,6 +113,7 @@ class Checkpoints:
             data = path.read_bytes()
             if path.stem.endswith(f"-{_digest(data)}"):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+            path.rename(path.with_suffix(".damaged"))  # or it would outrank those of a run that begins anew
             print(f"{path} is damaged ({len(data)} bytes, wrong sha256): trying the one before", file=sys.stderr)
         return None
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 from types import FrameType
 
 import torch
@@ -32,36 +33,45 @@ def join_group(device: str) -> torch.device:
     return torch.device(device)
 
 
-def agree(loss: torch.Tensor, stop: bool) -> tuple[float, bool]:
-    """What all processes go by after a step, so that none stops alone and leaves the others waiting.
+def agree(loss: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[float, float, bool]:
+    """What all processes go by in a step, so that none does otherwise than the others, or leaves them waiting.
 
     Args:
         loss: This process's, a scalar.
+        norm: Of this process's gradient, a scalar.
         stop: Whether this process was told to stop.
 
     Returns:
-        The mean loss (not finite if one is not), and whether any process was told to stop.
+        The mean loss and the mean norm (not finite if one is not), and whether any process was told to stop.
     """
-    both = torch.stack([loss.detach().float(), torch.full_like(loss, float(stop), dtype=torch.float32)])
+    values = torch.stack([v.detach().float() for v in (loss, norm, torch.full_like(loss, stop))])
     if dist.get_world_size() > 1:
-        dist.all_reduce(both)
-    total, stops = both.tolist()
-    return total / dist.get_world_size(), stops > 0
+        dist.all_reduce(values)
+    mean_loss, mean_norm, stops = (values / dist.get_world_size()).tolist()
+    return mean_loss, mean_norm, stops > 0
 
 
 class StopSignal:
-    """Notes SIGTERM (preemption) and SIGINT (Ctrl-C), for the training loop to save and stop after its step.
+    """Notes the signals that end jobs, for the training loop to save and stop after its step.
 
-    A second one acts as if nobody listened. To be used in a `with` statement.
+    Slurm's and torchrun's SIGTERM, a closed terminal's SIGHUP, SIGUSR1 and SIGUSR2 of schedulers, and Ctrl-C. They may
+    come many times, from several senders: the first counts. A second Ctrl-C, a second later, acts as if nobody
+    listened. To be used in a `with` statement.
     """
 
     def __init__(self) -> None:
         self.received: int | None = None
-        self._before = {number: signal.getsignal(number) for number in (signal.SIGTERM, signal.SIGINT)}
+        self._since = 0.0
+        names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
+        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
+        self._before = {number: signal.getsignal(number) for number in numbers}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
-        self.received = number
-        self.__exit__()
+        if self.received is None:
+            self.received, self._since = number, time.monotonic()
+        elif number == self.received == signal.SIGINT and time.monotonic() - self._since > 1:
+            self.__exit__()
+            signal.raise_signal(number)
 
     def __enter__(self) -> "StopSignal":
         for number in self._before:

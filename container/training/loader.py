@@ -1,5 +1,8 @@
 """Batches of augmented training images, from anywhere in a run."""
 
+import math
+import os
+import shutil
 import signal
 from collections.abc import Iterator
 from typing import Any
@@ -26,9 +29,22 @@ def _shield(worker: int) -> None:
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it, should nothing else
 
 
+def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -> None:
+    """Refuses workers whose batches do not fit in /dev/shm, where torch would wait for ever."""
+    if workers and os.path.isdir("/dev/shm"):
+        free = shutil.disk_usage("/dev/shm").free
+        wanted = 2 * workers * batch_size * math.prod(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        if wanted > free:
+            raise ValueError(
+                f"/dev/shm has {free / 2**20:.0f} MiB free, and {workers} loaders want {wanted / 2**20:.0f}: "
+                "fewer --workers, or docker run --shm-size"
+            )
+
+
 def _prefetch(
     dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device, **options: Any
 ) -> PrefetchLoader:
+    _check_shared_memory(workers, batch_size, config["input_size"])
     loader = DataLoader(
         dataset,
         batch_size=batch_size,

@@ -3,14 +3,15 @@
 import argparse
 import json
 import math
+import multiprocessing
 import signal
 import sys
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import nullcontext
 from dataclasses import asdict
 from pathlib import Path
-from typing import Any
+from typing import Any, NoReturn
 
 import torch
 import torch.distributed as dist
@@ -28,7 +29,7 @@ from tqdm import tqdm
 
 from container.files import write_atomically
 
-from .checkpoint import Checkpoints, Progress
+from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, check_classes
 from .distributed import StopSignal, agree
 from .loader import create_train_loader, create_val_loader, epoch_batches
@@ -41,6 +42,14 @@ __all__ = ["HALF", "Run", "evaluate", "tell_unreadable"]
 HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 # What may differ between a run and its continuation; the images of a step may be divided anew between processes.
 FREE = {"output", "resume", "recipe", "save_steps", "device", "workers", "data_dir", "batch_size", "grad_accum"}
+FREE |= {"checkpoint", "pretrained", "teacher_checkpoint"}  # where the beginning was
+FREE |= {"compile", "channels_last"}  # how the same is computed
+FREE |= {"eval", "dry_run", "real_labels"}
+BAD_STEPS = 20  # in a row, without a finite gradient, end a run
+
+
+class StoppedError(Exception):
+    """An evaluation was left before its end."""
 
 
 def growing(start: int, end: int, epochs: int) -> list[int]:
@@ -70,6 +79,7 @@ def evaluate(
     loader: Any,
     ema: bool = False,
     real: RealLabelsImagenet | None = None,
+    stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 (in percent) over the validation data, and how many `images` counted.
 
@@ -81,12 +91,18 @@ def evaluate(
         loader: Of the validation data. Images of class -1 do not count.
         ema: Whether of the averaged weights.
         real: Is given all predictions, in the order of the data.
+        stop: Asked now and then, on all processes at once, whether to leave it at that.
+
+    Raises:
+        StoppedError: `stop` said so.
     """
     task.eval()
     evaluator = task.create_evaluator()
     left = evaluation_sample_limit(loader)  # what comes after pads the last batch
     model: Any = unwrap_model(task.get_eval_model(ema=ema))  # every process has its own share, and DDP nothing to do
-    for images, targets in loader:
+    for i, (images, targets) in enumerate(loader):
+        if left is not None and i % 10 == 0 and stop():  # processes have as many batches, but of streams
+            raise StoppedError
         with autocast(args, task.device):
             logits = model(to_layout(args, images))[:left].float()
         targets, left = targets[:left], None if left is None else left - len(logits)
@@ -176,6 +192,8 @@ class Run:
         if args.mixup or args.cutmix:
             self.mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
         self.progress = Progress()
+        self.lock: Any = None
+        self.forced: dict[str, list[Any]] = {}
         self.parts: dict[str, Any] = dict(
             state_dict=self.model, optimizer=self.optimizer, scheduler=self.scheduler, scaler=self.scaler
         )
@@ -208,31 +226,53 @@ class Run:
             OSError: The folder cannot be written.
             ValueError: The run in it has other settings.
         """
-        saved = [Checkpoints(self.args.output).load() if self.args.resume and self.rank == 0 else None]
+        saved: list[Any] = [None]
+        if self.rank == 0:
+            self.output = Path(self.args.output if self.args.resume else get_outdir(self.args.output, inc=True))
+            self.output.mkdir(parents=True, exist_ok=True)
+            self.args.output = str(self.output)
+            self.lock = lock(self.output)
+            self.checkpoints = Checkpoints(self.output)
+            if self.args.resume:
+                saved = [self.checkpoints.load()]
+                if saved == [None] and (damaged := self.checkpoints.damaged()):
+                    raise ValueError(
+                        f"all {len(damaged)} checkpoints in {self.output} are damaged: take another --output"
+                    )
         dist.broadcast_object_list(saved)  # nodes need not share a disk
         if (state := saved[0]) is not None:
             fixed = state["fixed"]
             check_classes(f"the run in {self.args.output}", fixed.get("class_names"), self.fixed["class_names"])
             for key, value in self.fixed.items():
                 if fixed.get(key, value) != value:  # a later version may know more settings
-                    raise ValueError(f"{self.args.output} was begun with {key} {fixed[key]}, not {value}")
+                    if self.args.resume != "force":
+                        raise ValueError(f"{self.args.output} was begun with {key} {fixed[key]}, not {value}")
+                    self.forced[key] = [fixed[key], value]
             for key, part in self.parts.items():
                 part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
         if self.rank == 0:
-            self.output = Path(self.args.output if self.args.resume else get_outdir(self.args.output, inc=True))
-            self.output.mkdir(parents=True, exist_ok=True)
-            self.checkpoints = Checkpoints(self.output)
+            (self.output / "stopped").unlink(missing_ok=True)
             self.report = Report(self.output, self.progress.epoch)
+            self.environment = describe_environment(self.task.device)
             write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(self.args)).encode())
         return state is not None
 
     def save(self) -> None:
-        """Writes a checkpoint of this very step."""
+        """Writes a checkpoint of this very step; all processes wait for it.
+
+        Raises:
+            FloatingPointError: Weights are not finite.
+            OSError: The disk is full.
+        """
         if self.rank == 0:
             state = {key: part.state_dict() for key, part in self.parts.items()}
+            for key, tensor in state["state_dict"].items():
+                if not torch.isfinite(tensor).all():
+                    raise FloatingPointError(f"{key} is not finite: not saved, the checkpoints before are as they were")
             state |= dict(progress=asdict(self.progress), fixed=self.fixed)
             self.checkpoints.save(self.progress.epoch * self.steps + self.progress.step, state)
+        dist.barrier()  # a process that left now would have torchrun end the one that writes
 
     def epoch(self) -> Iterator[None]:
         """The steps of an epoch that are left, one at a time.
@@ -261,17 +301,23 @@ class Run:
                         part = self.task(to_layout(args, images), targets)["loss"] / accum
                     self.scaler.scale(part).backward()
                 loss += part.detach()
-            mean, self.stopped = agree(loss, self.signal.received is not None)
+            self.scaler.unscale_(self.optimizer)
+            norm = torch.nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), args.clip_grad or math.inf)
+            mean, mean_norm, self.stopped = agree(loss, norm, self.signal.received is not None)
+            progress.lr = max(group["lr"] for group in self.optimizer.param_groups)  # of the layer that has the highest
             if not math.isfinite(mean):
                 where = f"epoch {progress.epoch + 1}, step {progress.step + 1}"
-                raise FloatingPointError(f"loss is {mean} in {where}, at lr {self.lr:.2e}")
-            if args.clip_grad:
-                self.scaler.unscale_(self.optimizer)
-                torch.nn.utils.clip_grad_norm_(self.task.get_clip_parameters(), args.clip_grad)
-            self.scaler.step(self.optimizer)  # with float16, not if the gradient overflows: the scale is halved instead
-            self.scaler.update()
+                raise FloatingPointError(f"loss is {mean} in {where}, at lr {progress.lr:.2e}")
+            if math.isfinite(mean_norm):
+                self.scaler.step(self.optimizer)
+                self.task.update_ema()
+                progress.bad = 0
+            else:  # the weights stay as they are, on all processes
+                progress.bad, progress.skipped = progress.bad + 1, progress.skipped + 1
+                if progress.bad == BAD_STEPS:
+                    raise FloatingPointError(f"{BAD_STEPS} steps in a row had a gradient that is not finite")
+            self.scaler.update()  # float16: the scale is halved after an overflow
             self.optimizer.zero_grad()
-            self.task.update_ema()
             self.scheduler.step_update(done + 1)
             progress.step, progress.loss = progress.step + 1, progress.loss + mean
             if progress.step == self.steps:
@@ -283,28 +329,33 @@ class Run:
             progress.seconds += time.perf_counter() - start
             yield
 
-    @property
-    def lr(self) -> float:
-        """The learning rate, of the layer that has the highest."""
-        return max(group["lr"] for group in self.optimizer.param_groups)
+    def told(self) -> bool:
+        """Whether any process was told to stop; all have to ask."""
+        flag = torch.tensor(float(self.signal.received is not None), device=self.task.device)
+        if self.world > 1:
+            dist.all_reduce(flag)
+        return bool(flag)
 
     def finish_epoch(self) -> str:
-        """Evaluates, keeps the best weights, writes checkpoint and report.
+        """Evaluates, keeps the best weights, writes the report; the checkpoint is older, and the same epoch's.
 
         Returns:
             A line that says how it was.
+
+        Raises:
+            StoppedError: A process was told to stop.
         """
         args, progress, start = self.args, self.progress, time.perf_counter()
-        metrics = evaluate(args, self.task, self.val_loader)
+        metrics = evaluate(args, self.task, self.val_loader, stop=self.told)
         if self.task.has_ema():
-            averaged = evaluate(args, self.task, self.val_loader, ema=True)
+            averaged = evaluate(args, self.task, self.val_loader, ema=True, stop=self.told)
             metrics |= {f"ema_{key}": value for key, value in averaged.items() if key != "images"}
         tell_unreadable(self.val_set, "does not count")
         row = dict(
             epoch=progress.epoch,
             train_loss=progress.loss / self.steps,
             **{f"eval_{key}": value for key, value in metrics.items()},
-            lr=self.lr,
+            lr=progress.lr,
             images_per_second=self.images * self.steps / progress.seconds,
             data_wait=progress.wait / progress.seconds,
         )
@@ -315,15 +366,18 @@ class Run:
             total_seconds=progress.total_seconds + progress.seconds + time.perf_counter() - start,
             best=top1 if better else progress.best,
             history=[*progress.history, row],
+            bad=progress.bad,
+            skipped=progress.skipped,
         )
-        if self.rank == 0:
-            if better:
-                # The weights that were the best, alone: of a checkpoint with both, timm loads the averaged.
-                weights = get_state_dict(self.task.get_eval_model(ema=args.best == "ema"))
-                names = dict(format="pt", classes=json.dumps(self.fixed["class_names"]))
-                best = save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata=names)
-                write_atomically(self.output / "model_best.safetensors", best)
+        if self.rank == 0 and better:
+            # The weights that were the best, alone: of a checkpoint with both, timm loads the averaged.
+            weights = get_state_dict(self.task.get_eval_model(ema=args.best == "ema"))
+            names = dict(format="pt", classes=json.dumps(self.fixed["class_names"]))
+            best = save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata=names)
+            write_atomically(self.output / "model_best.safetensors", best)
+        if self.progress.epoch == args.epochs:
             self.save()
+        if self.rank == 0:
             self.write_report()
         line = f"epoch {progress.epoch + 1:3d}: loss {row['train_loss']:.3f}, validation {metrics['top1']:.2f} % top-1"
         return line + (f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else "")
@@ -331,7 +385,7 @@ class Run:
     def write_report(self) -> None:
         """What is known of the run after its last whole epoch."""
         progress = self.progress
-        summary = describe_environment(self.task.device) | dict(
+        summary = self.environment | dict(
             recipe=self.args.recipe,
             model=dict(name=self.args.model, image_size=self.size, **self.cost),
             data=dict(train_images=len(self.train_set), val_images=len(self.val_set), classes=self.model.num_classes),
@@ -340,6 +394,8 @@ class Run:
             seconds=progress.total_seconds,
             best=dict(weights=self.args.best, top1=progress.best, file="model_best.safetensors"),
             last=progress.history[-1],
+            skipped_steps=progress.skipped,
+            forced=self.forced,
             args=vars(self.args),
         )
         self.report.write(progress.history, summary)
@@ -353,7 +409,7 @@ class Run:
         Raises:
             FloatingPointError: The loss is not finite.
             OSError: The disk is full.
-            SystemExit: A process was told to stop, and the state is saved: 128 and the signal's number, as in a shell.
+            SystemExit: A process was told to stop, and the state is saved (`leave`).
         """
         args, progress = self.args, self.progress
         if self.rank == 0 and progress.history:
@@ -379,12 +435,42 @@ class Run:
                     )
                     bar.update(self.images)
                     tell_unreadable(self.train_set, "another takes its place")
-                    due = args.save_steps and progress.step % args.save_steps == 0 and progress.step < self.steps
-                    if due or self.stopped:
+                    due = args.save_steps and progress.step % args.save_steps == 0
+                    if due or self.stopped or progress.step == self.steps:  # before the evaluation, which may fail
                         self.save()
                     if self.stopped:
-                        where = f"after {progress.epoch} epochs and {progress.step} steps"
-                        bar.write(f"told to stop {where}: goes on with --resume auto --output {args.output}")
-                        raise SystemExit(128 + (self.signal.received or signal.SIGTERM))
-                bar.write(self.finish_epoch())
+                        self.leave(bar)
+                try:
+                    line = self.finish_epoch()
+                except StoppedError:
+                    self.leave(bar)
+                if self.rank == 0:
+                    bar.write(line)
+                if self.told() and self.progress.epoch < args.epochs:
+                    self.save()
+                    self.leave(bar)
         return self.progress.history[-1]["eval_top1"]
+
+    def leave(self, bar: tqdm) -> NoReturn:
+        """Ends the process, whose state is saved, as it was told to.
+
+        Raises:
+            SystemExit: 128 and the signal's number, as in a shell.
+        """
+        if self.rank == 0:
+            (self.output / "stopped").touch()
+            where = f"after {self.progress.epoch} epochs and {self.progress.step} steps"
+            bar.write(f"told to stop {where}: goes on with --resume auto --output {self.output}")
+        raise SystemExit(128 + (self.signal.received or signal.SIGTERM))
+
+    def close(self) -> None:
+        """Ends what would outlive the run: loaders, and the hold on its folder."""
+        # They shield themselves from the signals that end jobs; torch takes a dead one for a failure.
+        if children := multiprocessing.active_children():
+            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
+            for child in children:
+                child.kill()
+                child.join()
+            signal.signal(signal.SIGCHLD, before)
+        if self.lock is not None:
+            self.lock.release()

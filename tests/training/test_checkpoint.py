@@ -31,7 +31,7 @@ def test_damage_of_any_kind_is_noticed(tmp_path, capsys, damage):
     newest.write_bytes(data[:-1] if damage == "truncated" else data if damage == "one bit" else b"")
     assert checkpoints.load()["step"] == 1
     assert f"{newest} is damaged" in capsys.readouterr().err
-    checkpoints.paths()[1].write_bytes(b"")
+    checkpoints.paths()[0].write_bytes(b"")
     assert checkpoints.load() is None
 
 

@@ -2,6 +2,7 @@
 
 import os
 import signal
+import time
 
 import pytest
 import torch
@@ -38,23 +39,25 @@ def test_repeated_augmentation_covers_the_data_in_one_process(group):
 
 
 def test_agreement_of_one(group):
-    assert agree(torch.tensor(2.5), stop=False) == (2.5, False)
-    assert agree(torch.tensor(2.5), stop=True) == (2.5, True)
+    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=False) == (2.5, 3.0, False)
+    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=True) == (2.5, 3.0, True)
 
 
 def _vote(rank, path, queue):
     dist.init_process_group("gloo", init_method=f"file://{path}", rank=rank, world_size=2)
+    one = torch.tensor(1.0)
     answers = [
-        agree(torch.tensor(1.0 + rank), stop=False),
-        agree(torch.tensor(1.0), stop=rank == 1),
-        agree(torch.tensor(float("nan") if rank else 1.0), stop=False),
+        agree(torch.tensor(1.0 + rank), one, stop=False),
+        agree(one, one, stop=rank == 1),
+        agree(torch.tensor(float("nan") if rank else 1.0), one, stop=False),
+        agree(one, torch.tensor(float("inf") if rank else 1.0), stop=False),
     ]
     queue.put((rank, answers))
     dist.destroy_process_group()
 
 
 def test_agreement_of_two(tmp_path):
-    """The mean loss; one that was told to stop stops both; one whose loss is not finite tells the other."""
+    """The means; one that was told to stop stops both; one whose loss or gradient is not finite tells the other."""
     context = torch.multiprocessing.get_context("spawn")
     queue = context.Queue()
     processes = [context.Process(target=_vote, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
@@ -64,21 +67,27 @@ def test_agreement_of_two(tmp_path):
     for process in processes:
         process.join()
     for answer in answers.values():
-        assert answer[:2] == [(1.5, False), (1.0, True)] and answer[2][0] != answer[2][0]
+        assert answer[:2] == [(1.5, 1.0, False), (1.0, 1.0, True)]
+        assert answer[2][0] != answer[2][0] and answer[3] == (1.0, float("inf"), False)
 
 
-@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGINT])
-def test_the_first_signal_is_noted_and_the_second_acts(number):
-    seen = []
-    before = signal.signal(number, lambda *_: seen.append(number))
+@pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])
+def test_the_first_signal_counts_and_none_that_follows_ends_the_process(name):
+    """As Slurm, torchrun and a terminal send them together; only a second Ctrl-C of a person is one more."""
+    number, seen = getattr(signal, name), []
+    before = {n: signal.signal(n, lambda n, _: seen.append(n)) for n in (number, signal.SIGTERM, signal.SIGINT)}
     try:
         with StopSignal() as stop:
             assert stop.received is None
+            for other in (number, number, signal.SIGTERM, signal.SIGINT, signal.SIGTERM):
+                os.kill(os.getpid(), other)
+                assert stop.received == number and not seen
+            time.sleep(1.1)
             os.kill(os.getpid(), number)
-            assert stop.received == number and not seen
-            os.kill(os.getpid(), number)
-            assert seen == [number]
+            assert seen == ([signal.SIGINT] if number == signal.SIGINT else [])
+        seen.clear()
         os.kill(os.getpid(), number)
-        assert seen == [number] * 2
+        assert seen == [number]
     finally:
-        signal.signal(number, before)
+        for n, handler in before.items():
+            signal.signal(n, handler)
