@@ -4,10 +4,13 @@ Source: the paper puts CONTAINER-LIGHT under both, with a feature pyramid networ
 released, so what follows are torchvision's parts and the field's usual settings.
 """
 
-from collections import OrderedDict
-from typing import Any, Dict, Optional, Type
+import copy
+from collections import OrderedDict, defaultdict
+from typing import Any, Dict, List, Optional, Set, Type
 
 import timm
+import torch
+from timm.layers import create_norm
 from timm.utils.model import freeze_batch_norm_2d
 from torch import Tensor, nn
 from torchvision.models.detection import MaskRCNN, RetinaNet
@@ -19,48 +22,36 @@ __all__ = ["FeaturePyramid", "feature_pyramid", "mask_rcnn", "retinanet"]
 
 
 class FeaturePyramid(nn.Module):
-    """A timm backbone with torchvision's FPN on its maps.
+    """A timm backbone, made with `features_only=True`, and torchvision's FPN on the last `levels` of its maps, or all.
 
     Image (B, 3, H, W) -> maps by name, the finest first, each (B, out_channels, ceil(H / r), ceil(W / r)) for its r in
-    `reduction`.
+    `reduction`; other families may round down. Arguments are those of `feature_pyramid`, and it raises the same. The
+    body has to return the last level that is frozen.
 
     Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, by torchvision.
-
-    Args:
-        body: A model made with `features_only=True`.
-        out_channels: Channels of every map.
-        coarser: Maps beyond the body's: 1 by pooling (as Mask R-CNN has it), 2 by convolutions of stride 2 (RetinaNet).
-        frozen_stages: So many of the body's feature levels, and all before them, are not trained: they get no
-            gradients, and their norms and stochastic depth behave as in evaluation, also after `train()`.
 
     Attributes:
         out_channels: As given; torchvision's detectors read it.
         reduction: Pixels per position of each map.
-
-    Raises:
-        ValueError: `coarser` is not 0, 1 or 2, or the body has fewer levels than `frozen_stages`.
     """
 
-    def __init__(self, body: nn.Module, out_channels: int, coarser: int = 0, frozen_stages: int = 0) -> None:
+    def __init__(
+        self, body: nn.Module, out_channels: int, coarser: int = 0, frozen_stages: int = 0, levels: Optional[int] = None
+    ) -> None:
         super().__init__()
         if coarser not in (0, 1, 2):
             raise ValueError(f"coarser {coarser} is not 0, 1 or 2")
         extra = (None, LastLevelMaxPool(), LastLevelP6P7(out_channels, out_channels))[coarser]
         info: Any = body.feature_info
-        if not 0 <= frozen_stages <= len(info.info):
-            raise ValueError(
-                f"frozen_stages {frozen_stages} is not in 0 to {len(info.info)}, the levels of the backbone"
-            )
+        self.levels = levels or len(info.out_indices)
+        reduction = info.reduction()[-self.levels :]
+        if reduction != sorted(set(reduction)):
+            raise ValueError(f"strides {reduction} make no pyramid: each map has to be coarser than the one before")
         self.body = body
-        self.fpn = FeaturePyramidNetwork(info.channels(), out_channels, extra)
+        self.fpn = FeaturePyramidNetwork(info.channels()[-self.levels :], out_channels, extra)
         self.out_channels = out_channels
-        reduction = info.reduction()
         self.reduction = [*reduction, *(reduction[-1] * 2**i for i in range(1, coarser + 1))]
-        children = [name for name, _ in body.named_children()]
-        last = info.info[frozen_stages - 1]["module"].replace(".", "_")
-        self.frozen = children[: children.index(last) + 1] if frozen_stages else []
-        for name in self.frozen:
-            body.get_submodule(name).requires_grad_(False)
+        self.frozen = _freeze(body, frozen_stages)
         self.train()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
@@ -72,7 +63,53 @@ class FeaturePyramid(nn.Module):
 
     def forward(self, x: Tensor) -> Dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name."""
-        return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(self.body(x))))
+        return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(maps(self.body, x)[-self.levels :])))
+
+
+def maps(body: nn.Module, x: Tensor) -> List[Tensor]:
+    """The maps of a timm model as (B, C, H, W), whatever its own layout."""
+    return [m.permute(0, 3, 1, 2) if getattr(body, "output_fmt", None) == "NHWC" else m for m in body(x)]
+
+
+def _freeze(body: nn.Module, frozen_stages: int) -> List[str]:
+    """Freezes the parameters that a level depends on, and names the modules that it depends on.
+
+    The graph of a trial pass on device meta tells. Names do not, as wrappers change them, nor does the modules' order.
+    """
+    twin: Any = copy.deepcopy(body).to("meta", torch.float32).train()
+    made: Dict[nn.Module, Set[Any]] = defaultdict(set)
+
+    def note(module: nn.Module, _: Any, y: Any) -> None:
+        made[module] |= {t.grad_fn for t in (y if isinstance(y, (list, tuple)) else [y]) if isinstance(t, Tensor)}
+
+    for module in twin.modules():
+        module.register_forward_hook(note)
+    x = torch.zeros(2, getattr(body, "in_chans", 3), 96, 160, device="meta", requires_grad=True)
+    try:
+        tensors = [x, *maps(twin, x)]
+    except (AssertionError, RuntimeError, ValueError) as error:
+        raise ValueError(f"the backbone fails at a trial of 96 x 160 pixels: {error!r}") from error
+    levels = [0, *(i % len(twin.feature_info) + 1 for i in twin.feature_info.out_indices)]
+    if frozen_stages not in levels:
+        raise ValueError(f"frozen_stages {frozen_stages} is not in {levels}, the levels of the backbone")
+    before: Set[Any] = set()
+    ahead: List[Any] = [tensors[levels.index(frozen_stages)].grad_fn]
+    while ahead:
+        if (node := ahead.pop()) not in before and node is not None:
+            before.add(node)
+            ahead += [n for n, _ in node.next_functions]
+    reached = {node.variable for node in before if hasattr(node, "variable")}
+    for p, q in zip(body.parameters(), twin.parameters(), strict=True):
+        p.requires_grad_(p.requires_grad and q not in reached)
+    return [name for name, module in twin.named_modules() if made[module] and made[module] <= before]
+
+
+def features(name: str, **options: Any) -> Any:
+    """timm's model with `features_only=True`, but none for images of one size."""
+    cfg = timm.get_pretrained_cfg(name)
+    if cfg is not None and cfg.fixed_input_size:
+        raise ValueError(f"{name} is tied to one image size, and detectors see many")
+    return timm.create_model(name, features_only=True, **options)
 
 
 def feature_pyramid(
@@ -92,12 +129,12 @@ def feature_pyramid(
         name: timm's, as in `timm.create_model`.
         pretrained: Start from its pretrained weights.
         levels: The last so many of its maps: 4 for strides 4 to 32, 3 for 8 to 32.
-        coarser: Maps beyond them, as in `FeaturePyramid`.
+        coarser: Maps beyond these: 1 by pooling (as Mask R-CNN has it), 2 by convolutions of stride 2 (RetinaNet).
         out_channels: Channels of every map.
-        norm: 'frozen' for batch norms with fixed statistics and scales, else a name of timm's norm layers
-            ('batchnorm2d', 'groupnorm1', 'layernorm2d', ...). None means 'frozen' with pretrained weights, as batches
-            of detectors are too small for statistics, and the model's own norm without.
-        frozen_stages: As in `FeaturePyramid`.
+        norm: 'frozen' for batch norms with fixed statistics and scales, else one of timm's, such as 'groupnorm1'. None
+            means 'frozen' with pretrained weights, as detectors' batches are small, and the model's own norm without.
+        frozen_stages: So many of the model's feature levels, and all before them, are not trained: they get no
+            gradients, and their norms and stochastic depth behave as in evaluation, also after `train()`.
         drop_path_rate: Stochastic depth of the backbone's last block.
         grad_checkpointing: Recompute blocks in the backward pass, which saves most of the backbone's memory.
 
@@ -105,24 +142,23 @@ def feature_pyramid(
         RuntimeError: timm has no such model, or no such weights.
         ValueError: The model is tied to an image size, or an argument does not fit it.
     """
-    frozen_norm = norm == "frozen" or (norm is None and pretrained)
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.fixed_input_size:
-        raise ValueError(f"{name} is tied to one image size, and detectors see many")
-    options: Dict[str, Any] = dict(norm_layer=norm) if norm not in (None, "frozen") else {}
-    if drop_path_rate:
-        options["drop_path_rate"] = drop_path_rate
+    norms = create_norm._NORM_MAP
+    if norm not in (None, "frozen", *norms):
+        raise ValueError(f"norm {norm!r} is not 'frozen' or one of {', '.join(norms)}")
+    depth = len(features(name, device="meta").feature_info)
+    if not 1 <= levels <= depth:
+        raise ValueError(f"levels {levels} is not in 1 to {depth}, the levels of {name}")
+    indices = tuple(range(min(depth - levels, (frozen_stages - 1) % depth), depth))
+    options = dict(norm_layer=norms.get(str(norm)), drop_path_rate=drop_path_rate or None)  # timm drops a None
     try:
-        body: Any = timm.create_model(
-            name, pretrained=pretrained, features_only=True, out_indices=tuple(range(-levels, 0)), **options
-        )
-    except (AssertionError, IndexError):
-        raise ValueError(f"{name} has fewer than {levels} levels") from None
-    if frozen_norm:
+        body: Any = features(name, pretrained=pretrained, out_indices=indices, **options)
+    except (AssertionError, KeyError, TypeError) as error:
+        raise ValueError(f"{name}, {levels=}, {frozen_stages=}, {norm=}, {drop_path_rate=}: {error!r}") from error
+    if norm == "frozen" or (norm is None and pretrained):
         body = freeze_batch_norm_2d(body)
     if grad_checkpointing:
-        body.set_grad_checkpointing()
-    return FeaturePyramid(body, out_channels, coarser, frozen_stages)
+        getattr(body, "model", body).set_grad_checkpointing()
+    return FeaturePyramid(body, out_channels, coarser, frozen_stages, levels)
 
 
 def retinanet(
@@ -132,8 +168,7 @@ def retinanet(
 
     The anchors of a level with stride r are squares, and rectangles of 1:2 and 2:1, of 4 r, 5 r and 6.3 r pixels.
 
-    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Sizes are the usual ones on COCO; which the
-    paper used is not known here.
+    Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Sizes are the usual ones on COCO.
 
     Args:
         name: timm's, of the backbone.
@@ -141,15 +176,11 @@ def retinanet(
         min_size: Short side of an image in pixels, to which it is resized.
         max_size: Limit on its long side.
         levels: Of the backbone.
-        **pyramid: Further arguments of `feature_pyramid`.
-
-    Raises:
-        RuntimeError: As `feature_pyramid`.
-        ValueError: As `feature_pyramid`.
+        **pyramid: Further arguments of `feature_pyramid`, which says what it raises.
     """
     backbone = feature_pyramid(name, levels=levels, coarser=2, **pyramid)
     sizes = tuple(tuple(int(4 * r * 2 ** (i / 3)) for i in range(3)) for r in backbone.reduction)
-    return _detector(RetinaNet, name, backbone, num_classes, min_size, max_size, anchor_generator=_anchors(sizes))
+    return _detector(RetinaNet, name, backbone, num_classes, min_size, max_size, anchor_generator=sizes)
 
 
 def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 1333, **pyramid: Any) -> MaskRCNN:
@@ -157,31 +188,17 @@ def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 
 
     The anchors of a level with stride r are a square, and rectangles of 1:2 and 2:1, of 8 r pixels.
 
-    Source: He et al., "Mask R-CNN", ICCV 2017. Sizes as for `retinanet`.
-
-    Args:
-        name: timm's, of the backbone.
-        num_classes: Classes, the background among them, which has label 0.
-        min_size: Short side of an image in pixels, to which it is resized.
-        max_size: Limit on its long side.
-        **pyramid: Further arguments of `feature_pyramid`.
-
-    Raises:
-        RuntimeError: As `feature_pyramid`.
-        ValueError: As `feature_pyramid`.
+    Source: He et al., "Mask R-CNN", ICCV 2017. Arguments as for `retinanet`; the background counts, as class 0.
     """
     backbone = feature_pyramid(name, coarser=1, **pyramid)
     sizes = tuple((8 * r,) for r in backbone.reduction)
-    return _detector(MaskRCNN, name, backbone, num_classes, min_size, max_size, rpn_anchor_generator=_anchors(sizes))
-
-
-def _anchors(sizes: Any) -> AnchorGenerator:
-    return AnchorGenerator(sizes, ((0.5, 1.0, 2.0),) * len(sizes))
+    return _detector(MaskRCNN, name, backbone, num_classes, min_size, max_size, rpn_anchor_generator=sizes)
 
 
 def _detector(
-    kind: Type[Any], name: str, backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **anchors: Any
+    kind: Type[Any], name: str, backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **sizes: Any
 ) -> Any:
     cfg = timm.get_pretrained_cfg(name)
     statistics = dict(image_mean=cfg.mean, image_std=cfg.std) if cfg is not None else {}
+    anchors = {key: AnchorGenerator(value, ((0.5, 1.0, 2.0),) * len(value)) for key, value in sizes.items()}
     return kind(backbone, num_classes, min_size=min_size, max_size=max_size, **statistics, **anchors)

@@ -1,30 +1,37 @@
-"""The context layer and CONTAINER backbones for Ultralytics YOLO, by name in a model's YAML file.
+"""The context layer and timm's models for Ultralytics YOLO, by name in a model's YAML file.
 
     import container.yolo
     from ultralytics import YOLO
 
-    container.yolo.register()
     model = YOLO(container.yolo.config("yolov8n-context.yaml"))
 
-Ultralytics is under the AGPL-3.0: it is imported by `register`, and by nothing else here.
+Ultralytics is under the AGPL-3.0: `register` and `config` import it, nothing else does, and no file of it is in here.
 """
 
+import atexit
 import copy
 import re
-from pathlib import Path
+import sys
+import tempfile
 from typing import Any, Dict, List
 
-import timm
+import torch
 from torch import Tensor, nn
 
 from .affinity import GlobalContext
+from .detection import features, maps
 
 __all__ = ["ContainerBackbone", "ContextAggregation", "config", "register"]
 
-_CONFIGS = Path(__file__).parent / "cfg"
+
+class _Row(nn.Module):
+    def __setstate__(self, state: Dict[str, Any]) -> None:
+        super().__setstate__(state)
+        if "ultralytics.nn.tasks" in sys.modules:  # else it is somebody else that loads, or copies
+            register()
 
 
-class ContextAggregation(nn.Module):
+class ContextAggregation(_Row):
     """Adds to every position what it wants of one summary of the whole map.
 
     y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 map, k the softmax over all positions of another, v
@@ -36,8 +43,6 @@ class ContextAggregation(nn.Module):
     Source: Liu et al., "Learning to Aggregate Multi-Scale Context for Instance Segmentation in Remote Sensing Images"
     (arXiv 2111.11057, CATNet), written from the formula. The CONTAINER paper has no such layer; the names are alike.
     Cost: O(N C^2 / reduction).
-
-    In a YAML file, after `register`: `[-1, 1, ContextAggregation, [reduction]]`.
 
     Args:
         in_channels: Channels C.
@@ -62,24 +67,24 @@ class ContextAggregation(nn.Module):
         return x + self.affinity.query(x).sigmoid() * self.m(self.affinity.context(x, self.v(x)))
 
 
-class ContainerBackbone(nn.Module):
+class ContainerBackbone(_Row):
     """A timm model's feature maps, for the first row of a YAML file: `[-1, 1, ContainerBackbone, [NAME, PRETRAINED]]`.
 
-    Image (B, 3, H, W) -> maps, the finest first. The rows after it take one each, by
-    `[0, 1, ContainerLevel, [INDEX]]`, whose channels are then known to the rows that follow.
+    Image (B, in_chans, H, W) -> maps, the finest first, of which a row `[0, 1, ContainerLevel, [INDEX]]` takes one.
 
     Args:
         name: timm's name of the model.
         pretrained: Start from its pretrained weights.
+        in_chans: Channels of the image; in a YAML file the data's.
     """
 
-    def __init__(self, name: str, pretrained: bool = False) -> None:
+    def __init__(self, name: str, pretrained: bool = False, in_chans: int = 3) -> None:
         super().__init__()
-        self.body = timm.create_model(name, pretrained=pretrained, features_only=True)
+        self.body = features(name, pretrained=pretrained, in_chans=in_chans)
 
     def forward(self, x: Tensor) -> List[Tensor]:
-        """(B, 3, H, W) -> maps."""
-        return self.body(x)
+        """(B, in_chans, H, W) -> maps."""
+        return maps(self.body, x)
 
 
 class _ContextRow(ContextAggregation):
@@ -91,10 +96,11 @@ class _ContextRow(ContextAggregation):
         return ContextAggregation(channels[source], reduction)
 
 
-def register() -> None:
+def register(_: Any = None) -> None:
     """Makes `ContextAggregation`, `ContainerBackbone` and `ContainerLevel` known to Ultralytics' YAML files.
 
-    Doing it again changes nothing. A saved .pt needs no registration to be loaded, only this package.
+    Doing it again changes nothing. `config` does it, and so does the loading of a .pt that has these layers. Then it is
+    a callback of Ultralytics', hence the argument: several GPUs are several processes, which begin without us.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -103,19 +109,17 @@ def register() -> None:
         from ultralytics.nn import tasks
     except ImportError:
         raise ImportError("this needs Ultralytics (AGPL-3.0): pip install ultralytics") from None
-    if getattr(tasks.parse_model, "knows_container", False):
+    from ultralytics.utils.callbacks import default_callbacks
+
+    if hasattr(tasks, "ContainerBackbone"):
         return
-    parse_model = tasks.parse_model
-
-    def parse(d: Dict[str, Any], *args: Any, **kwargs: Any) -> Any:
-        return parse_model(_rewritten(d), *args, **kwargs)
-
-    parse.knows_container = True  # type: ignore[attr-defined]
-    tasks.parse_model = parse
+    default_callbacks["on_pretrain_routine_start"].append(register)  # in every process of a training
+    parse = tasks.parse_model
+    tasks.parse_model = lambda d, ch, *args, **kwargs: parse(_rewritten(d, ch), ch, *args, **kwargs)
     vars(tasks).update(_ContextRow=_ContextRow, ContainerBackbone=ContainerBackbone)
 
 
-def _rewritten(d: Dict[str, Any]) -> Dict[str, Any]:
+def _rewritten(d: Dict[str, Any], in_chans: int) -> Dict[str, Any]:
     """Our rows in words that Ultralytics' parser has.
 
     It passes the arguments of a layer that it does not know as they are, but for strings that name one of its own
@@ -128,29 +132,66 @@ def _rewritten(d: Dict[str, Any]) -> Dict[str, Any]:
         if module == "ContextAggregation":
             row[2:] = ["_ContextRow", ["ch", "f", *args]]
         elif module == "ContainerBackbone":
-            model: Any = timm.create_model(args[0], features_only=True, device="meta")
-            channels = model.feature_info.channels()
+            channels = features(args[0], device="meta").feature_info.channels()
+            row[3] = [args[0], any(args[1:]), in_chans]
         elif module == "ContainerLevel":
-            if not channels or source != 0:
-                raise ValueError(f"ContainerLevel reads row {source}, but only a ContainerBackbone in row 0 has levels")
-            if not 0 <= args[0] < len(channels):
-                raise ValueError(f"ContainerLevel {args[0]} is not in 0 to {len(channels) - 1}")
+            if source != 0 or not 0 <= args[0] < len(channels):
+                raise ValueError(f"no ContainerLevel {args[0]} in row {source}: row 0 has {len(channels)}, others none")
             row[2:] = ["Index", [channels[args[0]], args[0]]]
     return d
 
 
-def config(name: str) -> str:
-    """The path of a YAML file that comes with the package, for `ultralytics.YOLO`.
+def config(name: str, pretrained: bool = False) -> str:
+    """The path of a YAML file for `ultralytics.YOLO`, made of one that Ultralytics has; it goes when the process ends.
 
     Args:
-        name: `yolov8-context.yaml` (YOLOv8 with `ContextAggregation` before each detection head) or
-            `yolov8-container_light.yaml` (CONTAINER-LIGHT as its backbone); a letter after the 8, as in
-            `yolov8s-context.yaml`, sets the scale, as Ultralytics has it.
+        name: FAMILY-context.yaml (a `ContextAggregation` before each map that the last row reads) or FAMILY-MODEL.yaml
+            (a model of timm's as the backbone). FAMILY is a file of Ultralytics' with the letter of its scale, as in
+            `yolov8n-context.yaml`, `yolo11s-container_light.yaml`, `yolo11n-seg-resnet18.yaml`.
+        pretrained: Start from the model's pretrained weights.
 
     Raises:
-        FileNotFoundError: There is no such file.
+        FileNotFoundError: Ultralytics has no such family.
+        ValueError: Family and model do not fit.
     """
-    file = re.sub(r"^(yolov8)[nsmlx]-", r"\1-", name)
-    if not (_CONFIGS / file).is_file():
-        raise FileNotFoundError(f"no {name}: choose from {', '.join(sorted(p.name for p in _CONFIGS.glob('*.yaml')))}")
-    return str(_CONFIGS / name)
+    register()
+    from ultralytics.nn import tasks
+    from ultralytics.utils import ROOT, YAML
+
+    files = {p.stem: p for p in ROOT.glob("cfg/models/*/*.yaml")}
+    family, _, model = name.removesuffix(".yaml").rpartition("-")
+    file = files.get(family) or files.get(re.sub(r"(\d)[nsmlx](?=-|$)", r"\1", family, count=1))
+    if file is None:
+        known = ", ".join(sorted(stem for stem in files if "-" not in stem))
+        raise FileNotFoundError(f"no {name}: it is FAMILY-context.yaml or FAMILY-MODEL.yaml, and FAMILY one of {known}")
+    d = YAML.load(file)
+    rows, head, strides = d["backbone"], d["head"], []
+    sources, *last = head[-1]
+    if not isinstance(sources, list):
+        raise ValueError(f"{file.name} ends in {last[1]}, which reads no list of maps")
+    if model == "context":
+        end = len(rows + head) - 1
+        context = [[i % end, 1, "ContextAggregation", [2]] for i in sources]
+        head[-1:] = [*context, [list(range(end, end + len(sources))), *last]]
+    elif any(row[0] != -1 for row in rows):
+        raise ValueError(f"{file.name} has a backbone that is no chain of layers, which another could replace")
+    else:
+        levels = features(model, device="meta").feature_info.reduction()
+        with torch.device("meta"):
+            layers, read = tasks.parse_model(dict(d, scale=next(iter(d.get("scales", [""])))), 3, verbose=False)
+            x = torch.zeros(1, 3, 256, 256)
+        for layer in layers[: len(rows)]:
+            x = layer(x)
+            strides.append(256 // x.shape[-1])
+        tail = min(strides.index(strides[-1]) + 2, len(rows))  # after the last row of stride 2 and the block behind it
+        used = sorted({strides[-1], *(strides[i] for i in read if i < tail)})
+        if not {*used} <= {*levels}:
+            raise ValueError(f"{model} has maps at strides {levels}, and the head of {file.name} reads {used}")
+        moved = {i: 1 + (used.index(strides[i]) if i < tail else len(used) + i - tail) for i in read}
+        for row in head:
+            row[0] = [moved.get(i, i) for i in row[0]] if isinstance(row[0], list) else moved.get(row[0], row[0])
+        chosen = [[0, 1, "ContainerLevel", [levels.index(stride)]] for stride in used]
+        d["backbone"] = [[-1, 1, "ContainerBackbone", [model, pretrained]], *chosen, *rows[tail:]]
+    atexit.register((folder := tempfile.TemporaryDirectory(prefix="container-")).cleanup)
+    YAML.save(path := f"{folder.name}/{family}-{model}.yaml", d)
+    return path

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a YOLOv8 with the context layer, or on CONTAINER-LIGHT, to find blood cells.
+"""Trains a YOLO with the context layer, or on CONTAINER-LIGHT, to find blood cells.
 
     python examples/detect_cells_yolo.py --data-dir bccd
     python examples/detect_cells_yolo.py --data-dir bccd --model yolov8n-container_light.yaml
@@ -26,7 +26,9 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
-    parser.add_argument("--model", default="yolov8n-context.yaml", help="of container/cfg, or any that Ultralytics has")
+    parser.add_argument(
+        "--model", default="yolov8n-context.yaml", help="for container.yolo.config, or Ultralytics' own"
+    )
     parser.add_argument("--output", default="cells-yolo", help="folder for the run")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -58,10 +60,9 @@ def convert(data_dir: Path, folder: Path) -> Path:
 def main() -> None:
     """Converts the data, trains, measures on the test photos."""
     args = parse_args()
-    container.yolo.register()
     output = Path(args.output).resolve()
     data = convert(Path(args.data_dir), output / "data")
-    ours = args.model.partition("-")[2] in ("context.yaml", "container_light.yaml")
+    ours = args.model.endswith(".yaml") and "-" in args.model
     model = YOLO(container.yolo.config(args.model) if ours else args.model)
     model.train(
         data=str(data), epochs=args.epochs, batch=args.batch_size, imgsz=args.size, device=args.device, seed=args.seed,

@@ -3,12 +3,16 @@
 import os
 import subprocess
 import sys
+from collections import OrderedDict
 
 import onnxruntime
 import pytest
 import timm
 import torch
 from conftest import ROOT, randomize
+from timm.models import FeatureInfo
+from torchvision.ops import FeaturePyramidNetwork
+from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
 from container.detection import FeaturePyramid, feature_pyramid, mask_rcnn, retinanet
 
@@ -60,24 +64,103 @@ def test_norms():
     assert "body.stages_0.blocks.0.mlp.fc1.weight" in changed and not any(".norm1." in key for key in changed)
 
 
-@pytest.mark.parametrize("name", ["container_light_nano", "resnet18"])
-@pytest.mark.parametrize("frozen", [0, 1, 3, 4])
+@torch.no_grad()
+def test_a_layout_with_channels_last_is_turned():
+    pyramid = feature_pyramid("test_mambaout", coarser=0, out_channels=8).eval()
+    x = torch.rand(1, 3, 96, 64)
+    maps = pyramid.body(x)
+    assert maps[3].shape == (1, 3, 2, 64) and pyramid(x)["3"].shape == (1, 8, 3, 2)
+    maps = OrderedDict((str(i), m.permute(0, 3, 1, 2)) for i, m in enumerate(maps))
+    for key, value in pyramid.fpn(maps).items():
+        torch.testing.assert_close(pyramid(x)[key], value)
+
+
+# With stochastic depth if they have it. All wrappers of timm's: lists, getters, hooks, and those of two families.
+PLAIN = ["test_byobnet", "ese_vovnet19b_slim_dw", "ghostnet_050", "efficientvit_b0", "densenet121", "vgg11"]
+QUICK = ["container_light_nano", "container_nano", "resnet18", "test_efficientnet", "test_mambaout", "cspnext_tiny"]
+OTHERS = [
+    "container_conv", "container_light", "efficientnet_b0", "mobilenetv3_large_100", "convnext_tiny", "resnet50",
+    "pvt_v2_b0", "mambaout_femto", "regnety_002", "xception41p", "mobilenetv4_conv_small_035", "sam2_hiera_tiny",
+    "davit_tiny", "edgenext_xx_small", "fastvit_t8", "hgnetv2_b0", "mobilevit_xxs", "rexnet_100", "nextvit_small",
+    "tiny_vit_5m_224", "test_nfnet", *PLAIN,
+]  # fmt: skip
+
+
+@pytest.mark.parametrize("frozen", [1, 2, 4])
+@pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_frozen_stages_stay_as_they_are(name, frozen):
-    """Parameters, statistics and answers, over a training step; everything behind them moves."""
-    pyramid = feature_pyramid(name, out_channels=16, frozen_stages=frozen, drop_path_rate=0.5)
-    randomize(pyramid)
-    before = {key: value.clone() for key, value in pyramid.state_dict().items()}
+    """Parameters, statistics and answers, whatever becomes of the rest; and the rest is trained.
+
+    What a level depends on: the gradients of a second model, which returns this level only.
+    """
+    pyramid = feature_pyramid(
+        name, levels=3, out_channels=8, frozen_stages=frozen, drop_path_rate=0.0 if name in PLAIN else 0.5
+    )
+    body = randomize(pyramid).body
+    alone = timm.create_model(name, features_only=True, out_indices=(frozen - 1,)).eval()
+
+    def level(x):
+        alone.load_state_dict({key: body.state_dict()[key] for key in alone.state_dict()})
+        return alone(x)[0]
+
+    x = torch.rand(2, 3, 96, 96)
+    before = level(x)
+    before.square().sum().backward()
+    expected = {key for key, p in alone.named_parameters() if p.grad is not None}
+    assert {key for key, p in body.named_parameters() if not p.requires_grad} == expected
     pyramid.eval().train()
-    optimizer = torch.optim.SGD(pyramid.parameters(), lr=0.1)
-    loss = sum(level.square().mean() for level in pyramid(torch.rand(2, 3, 64, 96)).values())
-    loss.backward()
-    optimizer.step()
-    moved = {key for key, value in pyramid.state_dict().items() if not torch.equal(value, before[key])}
-    still = {name for name, _ in pyramid.body.named_children()} - {key.split(".")[1] for key in moved if "body" in key}
-    has_weights = {name for name, m in pyramid.body.named_children() if list(m.parameters())}
-    assert still & has_weights == set(pyramid.frozen) & has_weights
-    levels = [info["module"].replace(".", "_") for info in pyramid.body.feature_info.info]
-    assert pyramid.frozen[-1:] == levels[:frozen][-1:]
+    sum(m.square().mean() for m in pyramid(x).values()).backward()
+    assert all((p.grad is None) == (key in expected) for key, p in body.named_parameters())
+    torch.optim.SGD(pyramid.parameters(), lr=0.1, weight_decay=0.1).step()
+    with torch.no_grad():
+        for p in pyramid.parameters():
+            p.add_(torch.randn_like(p) * p.requires_grad)
+        assert torch.equal(level(x), before)
+        torch.testing.assert_close(body(x)[body.feature_info.out_indices.index(frozen - 1)], before)
+
+
+def test_nothing_is_frozen_unless_asked_for():
+    """And the trial pass leaves no trace: parameters, statistics and random numbers after it are as without it."""
+    for name in ("container_light_nano", "container_nano", "resnet18"):
+        torch.manual_seed(1)
+        pyramid = feature_pyramid(name, coarser=2, out_channels=8, drop_path_rate=0.1)
+        torch.manual_seed(1)
+        body = timm.create_model(name, features_only=True, out_indices=(-4, -3, -2, -1), drop_path_rate=0.1)
+        fpn = FeaturePyramidNetwork(body.feature_info.channels(), 8, LastLevelP6P7(8, 8))
+        assert all(p.requires_grad for p in pyramid.parameters()) and all(m.training for m in pyramid.modules())
+        for ours, theirs in ((pyramid.body, body), (pyramid.fpn, fpn)):
+            for (key, a), (_, b) in zip(ours.state_dict().items(), theirs.state_dict().items(), strict=True):
+                assert torch.equal(a, b), key
+
+
+def test_a_frozen_level_of_a_body_of_ones_own():
+    """What has no parameters is frozen too: statistics and noise between the levels, wherever they are."""
+
+    class Body(torch.nn.Module):
+        def __init__(self, out_indices):
+            super().__init__()
+            self.last = torch.nn.Conv2d(8, 8, 3, 2, 1)  # the order here is not the order of the calls
+            self.noise, self.more_noise = torch.nn.Dropout(0.5), torch.nn.Dropout(0.5)
+            self.norm, self.first = torch.nn.BatchNorm2d(8, affine=False), torch.nn.Conv2d(1, 8, 3, 2, 1)
+            self.shift = torch.nn.Parameter(torch.zeros(8, 1, 1))
+            self.in_chans = 1
+            levels = [dict(num_chs=8, reduction=2, module="first"), dict(num_chs=8, reduction=4, module="last")]
+            self.feature_info = FeatureInfo(levels, out_indices)
+
+        def forward(self, x):
+            first = self.noise(self.norm(self.first(x) + self.shift))
+            maps = [first, self.last(self.more_noise(first))]
+            return [maps[i] for i in self.feature_info.out_indices]
+
+    pyramid = FeaturePyramid(Body((0, 1)), 8, frozen_stages=1)
+    x = torch.rand(2, 1, 32, 32)
+    first, last = pyramid.body(x)
+    assert {key for key, p in pyramid.body.named_parameters() if p.requires_grad} == {"last.weight", "last.bias"}
+    assert torch.equal(pyramid.body(x)[0], first) and not torch.equal(pyramid.body(x)[1], last)
+    assert pyramid.body.norm.num_batches_tracked == 0
+    assert FeaturePyramid(Body((0, 1)), 8, levels=1).reduction == [4]
+    with pytest.raises(ValueError, match=r"frozen_stages 1 is not in \[0, 2\], the levels of the backbone"):
+        FeaturePyramid(Body((1,)), 8, frozen_stages=1)
 
 
 @pytest.mark.parametrize("name", ["container_light_nano", "container_light", "container"])
@@ -154,17 +237,37 @@ def test_recomputed_blocks_give_the_same_gradients():
     "arguments, message",
     [
         (dict(name="container_pam"), "container_pam is tied to one image size"),
-        (dict(name="container_light_nano", levels=5), "container_light_nano has fewer than 5 levels"),
-        (dict(name="container_light_nano", frozen_stages=5), "frozen_stages 5 is not in 0 to 4"),
-        (dict(name="container_light_nano", coarser=3), "coarser 3 is not 0, 1 or 2"),
+        (dict(name="test_vit"), "test_vit is tied to one image size"),
+        (dict(levels=5), "levels 5 is not in 1 to 4, the levels of container_light_nano"),
+        (dict(levels=0), "levels 0 is not in 1 to 4"),
+        (dict(frozen_stages=5), r"frozen_stages 5 is not in \[0, 1, 2, 3, 4\], the levels"),
+        (dict(frozen_stages=-1), "frozen_stages -1 is not in"),
+        (dict(coarser=3), "coarser 3 is not 0, 1 or 2"),
+        (dict(norm="nonsense"), "norm 'nonsense' is not 'frozen' or one of batchnorm, .*, layernorm2d"),
+        (dict(name="dla46x_c", norm="groupnorm1"), "dla46x_c, .*norm='groupnorm1'.* unexpected .* 'norm_layer'"),
+        (dict(name="vgg11", drop_path_rate=0.1), "vgg11, .*drop_path_rate=0.1: .* unexpected .* 'drop_path_rate'"),
+        (dict(name="resnet18", norm="rmsnorm"), "the backbone fails at a trial of 96 x 160 pixels: .*normalized_shape"),
+        (dict(name="convmixer_768_32", levels=3), r"strides \[7, 7, 7\] make no pyramid"),
+        (dict(name="eca_halonext26ts"), "the backbone fails at a trial of 96 x 160 pixels"),
+        (dict(name="tresnet_m", frozen_stages=1), "tresnet_m, .*frozen_stages=1, .* are not present in model"),
     ],
 )
 def test_mistakes(arguments, message):
-    with pytest.raises(ValueError, match=message):
-        feature_pyramid(**arguments)
+    with pytest.raises(ValueError, match=message) as caught:
+        feature_pyramid(**{"name": "container_light_nano", **arguments})
+    assert "\n" not in str(caught.value)
+
+
+def test_other_mistakes(monkeypatch):
     with pytest.raises(TypeError, match="unexpected keyword"):
         retinanet("container_light_nano", 3, frozen=1)
-    assert issubclass(FeaturePyramid, torch.nn.Module)
+    with pytest.raises(RuntimeError, match="Unknown model"):
+        feature_pyramid("container_light_nono")
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for container_light_nano"):
+        feature_pyramid("container_light_nano", pretrained=True)
+    monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("of its own"))
+    with pytest.raises(pytest.fail.Exception, match="of its own"):  # not about levels
+        feature_pyramid("container_light_nano")
 
 
 def test_memory_is_linear_in_the_number_of_tokens():

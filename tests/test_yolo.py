@@ -1,8 +1,11 @@
 """The context layer by its formula, and under Ultralytics."""
 
+import copy
 import os
+import pickle
 import subprocess
 import sys
+from pathlib import Path
 
 import onnxruntime
 import pytest
@@ -12,8 +15,9 @@ import yaml
 from conftest import ROOT, randomize
 from PIL import Image
 
+import container
 from container import yolo
-from container.yolo import ContextAggregation
+from container.yolo import ContainerBackbone, ContextAggregation
 
 
 @pytest.mark.parametrize("reduction", [1, 3])
@@ -54,8 +58,10 @@ def test_layer_trains_with_a_batch_of_one_position():
 def test_without_ultralytics(monkeypatch):
     for name in ("ultralytics", "ultralytics.nn"):  # the second would be found if another test has imported it
         monkeypatch.setitem(sys.modules, name, None)
-    with pytest.raises(ImportError, match="pip install ultralytics"):
-        yolo.register()
+    for call in (yolo.register, lambda: yolo.config("yolov8n-context.yaml")):
+        with pytest.raises(ImportError, match="pip install ultralytics"):
+            call()
+    copy.deepcopy(ContextAggregation(4))  # as loading it, registers nothing
     result = subprocess.run(
         [sys.executable, "-c", "import container.yolo, container.detection, sys; print('ultralytics' in sys.modules)"],
         env={**os.environ, "PYTHONPATH": str(ROOT)},
@@ -63,14 +69,6 @@ def test_without_ultralytics(monkeypatch):
         text=True,
     )
     assert result.stdout == "False\n"
-
-
-def test_config():
-    assert yolo.config("yolov8s-context.yaml").endswith("yolov8s-context.yaml")
-    with pytest.raises(
-        FileNotFoundError, match=r"no yolov9-context.yaml: choose from yolov8-container_light.yaml, yolov8"
-    ):
-        yolo.config("yolov9-context.yaml")
 
 
 @pytest.fixture
@@ -81,57 +79,138 @@ def ultralytics():
     return module
 
 
+def test_no_file_of_ultralytics_is_in_the_package():
+    assert not [p for p in Path(container.__file__).parent.rglob("*") if p.suffix in (".yaml", ".yml")]
+
+
+def test_files_are_made_elsewhere(ultralytics, tmp_path, monkeypatch):
+    """Nothing is left where the user works, and one file does not overwrite another."""
+    monkeypatch.chdir(tmp_path)
+    paths = [Path(yolo.config("yolo11s-resnet18.yaml", pretrained=pretrained)) for pretrained in (True, False)]
+    assert not list(tmp_path.iterdir()) and {p.name for p in paths} == {"yolo11s-resnet18.yaml"}
+    rows = [yaml.safe_load(p.read_text())["backbone"][0] for p in paths]
+    assert rows == [[-1, 1, "ContainerBackbone", ["resnet18", pretrained]] for pretrained in (True, False)]
+
+
+@pytest.mark.parametrize(
+    "name, error, message",
+    [
+        ("yolov7n-context.yaml", FileNotFoundError, r"no yolov7n-context.yaml: .* one of .*yolo11, .*yolov8, yolov9c"),
+        ("yolov8q-context.yaml", FileNotFoundError, "no yolov8q-context.yaml"),
+        ("yolo11n.yaml", FileNotFoundError, "it is FAMILY-context.yaml or FAMILY-MODEL.yaml"),
+        ("", FileNotFoundError, "it is FAMILY-context.yaml or FAMILY-MODEL.yaml"),
+        ("yolo11n-cls-context.yaml", ValueError, "yolo11-cls.yaml ends in Classify, which reads no list of maps"),
+        ("yolov9e-resnet18.yaml", ValueError, "yolov9e.yaml has a backbone that is no chain of layers"),
+        ("yolov8n-p6-resnet18.yaml", ValueError, r"resnet18 has .* yolov8-p6.yaml reads \[8, 16, 32, 64\]"),
+        ("yolov8n-container_light_nano_32.yaml", ValueError, r"at strides \[1, 2, 4, 8\], .* \[8, 16, 32\]"),
+        ("yolov8n-container_pam.yaml", ValueError, "container_pam is tied to one image size"),
+        ("yolov8n-contekst.yaml", RuntimeError, "Unknown model"),
+    ],
+)  # fmt: skip
+def test_files_that_cannot_be(ultralytics, name, error, message):
+    with pytest.raises(error, match=message) as caught:
+        yolo.config(name)
+    assert "\n" not in str(caught.value)
+
+
 @pytest.mark.parametrize("scale, channels", [("n", [64, 128, 256]), ("s", [128, 256, 512]), ("m", [192, 384, 576])])
-def test_yaml_with_the_layer(ultralytics, scale, channels):
-    """Channels are inferred and follow the width; at the start the detections are those without the layer."""
+def test_channels_follow_the_scale(ultralytics, scale, channels):
     model = ultralytics.YOLO(yolo.config(f"yolov8{scale}-context.yaml")).model
     layers = [m for m in model.modules() if isinstance(m, ContextAggregation)]
     assert [layer.affinity.query.in_channels for layer in layers] == channels
     assert all(layer.v.out_channels == c // 2 for layer, c in zip(layers, channels))
-    x = torch.rand(1, 3, 64, 96)
-    before = model.train()(x)["boxes"]
-    for layer in layers:
-        layer.forward = lambda x: x
-    torch.testing.assert_close(model(x)["boxes"], before)
 
 
-@pytest.mark.parametrize("name", ["container_light_nano", "container_light", "container", "resnet18"])
-def test_yaml_with_a_backbone(ultralytics, tmp_path, name):
-    with open(yolo.config("yolov8-container_light.yaml")) as file:
-        d = yaml.safe_load(file)
-    d["backbone"][0][3][0] = name
-    if name == "resnet18":  # whose first level has stride 2
-        for row in d["backbone"][1:4]:
-            row[3][0] += 1
-    (tmp_path / "yolov8n-other.yaml").write_text(yaml.safe_dump(d))
-    model = ultralytics.YOLO(tmp_path / "yolov8n-other.yaml").model
-    assert model.stride.tolist() == [8, 16, 32] and model.yaml["backbone"][1] == d["backbone"][1]
-    outputs = model.train()(torch.rand(2, 3, 64, 96))
-    outputs["boxes"].mean().backward()
+def tensors(x):
+    if isinstance(x, (list, tuple, dict)):
+        return [t for y in (x.values() if isinstance(x, dict) else x) for t in tensors(y)]
+    return [x] if isinstance(x, torch.Tensor) else []
+
+
+@pytest.mark.parametrize("family", ["yolov8n", "yolov8n-p2", "yolo11n", "yolo11n-seg", "yolo12n", "yolo26n", "yolov9t"])
+def test_the_layers_change_nothing_at_the_start(ultralytics, family):
+    """The answers, in evaluation and in training, are those of Ultralytics' own model with the same weights."""
+    plain = ultralytics.YOLO(f"{family}.yaml").model
+    model = ultralytics.YOLO(yolo.config(f"{family}-context.yaml")).model
+    layers = [m for m in model.model if isinstance(m, ContextAggregation)]
+    assert len(layers) == len(model.model[-1].f) == len(model.model) - len(plain.model)
+    assert model.yaml["scale"] == plain.yaml["scale"] and model.stride.equal(plain.stride)
+    for ours, theirs in zip([m for m in model.model if m not in layers], plain.model, strict=True):
+        ours.load_state_dict(theirs.state_dict())
+    for mode in (False, True):
+        expected, found = (tensors(m.train(mode)(torch.rand(2, 3, 64, 96).fill_(0.5))) for m in (plain, model))
+        assert expected and len(found) == len(expected)
+        for a, b in zip(found, expected):
+            torch.testing.assert_close(a, b, equal_nan=True)
+    randomize(layers[0])
+    assert not torch.equal(tensors(model(torch.rand(2, 3, 64, 96).fill_(0.5)))[0], found[0])
+
+
+@pytest.mark.parametrize(
+    "family, tail, reads",
+    [
+        ("yolov8n", ["SPPF"], [[-1, 2], [-1, 1], [-1, 7], [-1, 4], [10, 13, 16]]),
+        ("yolo11s", ["SPPF", "C2PSA"], [[-1, 2], [-1, 1], [-1, 8], [-1, 5], [11, 14, 17]]),
+        ("yolo12n", [], [[-1, 2], [-1, 1], [-1, 6], [-1, 3], [9, 12, 15]]),
+    ],
+)
+def test_rows_of_a_backbone(ultralytics, family, tail, reads):
+    """Counted by hand. Ultralytics itself checks that maps which are joined have one size."""
+    d = yaml.safe_load(Path(yolo.config(f"{family}-container_light_nano.yaml")).read_text())
+    assert d["backbone"][0] == [-1, 1, "ContainerBackbone", ["container_light_nano", False]]
+    assert d["backbone"][1:4] == [[0, 1, "ContainerLevel", [i]] for i in (1, 2, 3)]
+    assert [row[2] for row in d["backbone"][4:]] == tail
+    assert [row[0] for row in d["head"] if row[0] != -1] == reads
+
+
+@pytest.mark.parametrize(
+    "name",
+    ["yolov8n-container_light_nano", "yolo11n-container_nano", "yolo26n-container_light", "yolov8n-container",
+     "yolo11n-seg-resnet18", "yolov8n-p2-test_mambaout", "yolov10n-test_efficientnet"],
+)  # fmt: skip
+def test_yaml_with_a_backbone(ultralytics, name):
+    """Of this family and of others, whatever their first stride and their layout."""
+    model = ultralytics.YOLO(yolo.config(f"{name}.yaml")).model
+    assert model.stride.tolist() == [*([4] if "p2" in name else []), 8, 16, 32]
+    assert model.yaml["scale"] == "n" and model.yaml["backbone"][1][2] == "ContainerLevel"
+    sum(t.square().mean() for t in tensors(model.train()(torch.rand(2, 3, 64, 96)))).backward()
     assert all(p.grad is not None for p in model.model[0].parameters())
 
 
 def test_yaml_with_a_pretrained_backbone(ultralytics, tmp_path):
     name = "container_light_nano_32.cifar10"
-    with open(yolo.config("yolov8-container_light.yaml")) as file:
-        d = yaml.safe_load(file)
+    d = yaml.safe_load(Path(yolo.config("yolov8n-container_light.yaml")).read_text())
     d["backbone"][0][3] = [name, True]
     (tmp_path / "yolov8n-other.yaml").write_text(yaml.safe_dump(d))
     model = ultralytics.YOLO(tmp_path / "yolov8n-other.yaml").model
-    expected = timm.create_model(name, pretrained=True, features_only=True)
-    weight = model.model[0].body.state_dict()["stages_3.blocks.1.mlp.fc2.weight"]
-    assert torch.equal(weight, expected.state_dict()["stages_3.blocks.1.mlp.fc2.weight"])
+    expected = timm.create_model(name, pretrained=True, features_only=True).state_dict()
+    weights = model.model[0].body.state_dict()
+    assert torch.equal(weights["stages_3.blocks.1.mlp.fc2.weight"], expected["stages_3.blocks.1.mlp.fc2.weight"])
     assert model.stride.tolist() == [2, 4, 8]
+    gray = ultralytics.nn.tasks.DetectionModel(str(tmp_path / "yolov8n-other.yaml"), ch=1).model[0].body.state_dict()
+    (stem,) = (key for key, value in weights.items() if value.shape[1:2] == (3,))
+    torch.testing.assert_close(gray[stem], expected[stem].sum(1, keepdim=True))  # as timm has it
+
+
+@pytest.mark.parametrize("name", ["yolov8n-container_light_nano.yaml", "yolo11n-context.yaml"])
+@pytest.mark.parametrize("channels", [1, 4])
+def test_channels_of_the_data(ultralytics, name, channels):
+    model = ultralytics.nn.tasks.DetectionModel(yolo.config(name), ch=channels, nc=2)
+    assert next(model.parameters()).shape[1] == channels
+    assert model.train()(torch.rand(2, channels, 64, 64))["boxes"].isfinite().all()
 
 
 def test_rows_that_cannot_be(ultralytics, tmp_path):
     row = [-1, 1, "Conv", [8, 3, 2]]
-    for backbone, message in (
-        ([row, [0, 1, "ContainerLevel", [1]]], "reads row 0, but only a ContainerBackbone in row 0 has levels"),
-        ([[-1, 1, "ContainerBackbone", ["container_light_nano"]], [0, 1, "ContainerLevel", [4]]], "4 is not in 0 to 3"),
+    backbone = [-1, 1, "ContainerBackbone", ["container_light_nano"]]
+    for rows, message in (
+        ([row, [0, 1, "ContainerLevel", [1]]], "no ContainerLevel 1 in row 0: row 0 has 0"),
+        ([backbone, [0, 1, "ContainerLevel", [4]]], "no ContainerLevel 4 in row 0: row 0 has 4"),
+        ([backbone, [0, 1, "ContainerLevel", [1]], [1, 1, "ContainerLevel", [1]]], "no ContainerLevel 1 in row 1"),
+        ([[-1, 1, "ContainerBackbone", ["test_vit"]]], "test_vit is tied to one image size"),
     ):
         (tmp_path / "yolov8n-x.yaml").write_text(
-            yaml.safe_dump(dict(nc=2, backbone=backbone, head=[[[1], 1, "Detect", ["nc"]]]))
+            yaml.safe_dump(dict(nc=2, backbone=rows, head=[[[1], 1, "Detect", ["nc"]]]))
         )
         with pytest.raises(ValueError, match=message):
             ultralytics.YOLO(tmp_path / "yolov8n-x.yaml")
@@ -150,11 +229,9 @@ def test_onnx(ultralytics, tmp_path, monkeypatch, name):
     torch.testing.assert_close(torch.from_numpy(found), expected, atol=1e-3, rtol=1e-3)
 
 
-@pytest.mark.parametrize(
-    "name", ["yolov8n-context.yaml", pytest.param("yolov8n-container_light.yaml", marks=pytest.mark.slow)]
-)
-def test_trained_saved_and_loaded(ultralytics, tmp_path, name):
-    """A run of Ultralytics' own trainer; what it saves is loaded by a process that registers nothing."""
+@pytest.fixture
+def data(tmp_path):
+    """A data set of two images, as a file of Ultralytics'."""
     for split in ("train", "val"):
         for kind in ("images", "labels"):
             (tmp_path / "data" / kind / split).mkdir(parents=True)
@@ -163,26 +240,68 @@ def test_trained_saved_and_loaded(ultralytics, tmp_path, name):
             (tmp_path / "data" / "labels" / split / f"{i}.txt").write_text("0 0.5 0.5 0.4 0.4\n")
     data = dict(path=str(tmp_path / "data"), train="images/train", val="images/val", names=["thing"])
     (tmp_path / "data.yaml").write_text(yaml.safe_dump(data))
-    code = f"""
-import container.yolo
-from ultralytics import YOLO
+    return str(tmp_path / "data.yaml")
 
-container.yolo.register()
-model = YOLO(container.yolo.config({name!r}))
-model.train(
-    data="data.yaml", epochs=1, imgsz=64, batch=2, device="cpu", workers=0, plots=False, val=False,
-    project="{tmp_path}/run", name="r",
-)
-"""
+
+def run(*command, folder):
     environment = {**os.environ, "PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1"}
-    run = [sys.executable, "-c"]
-    result = subprocess.run([*run, code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    assert result.returncode == 0, result.stderr[-2000:]
-    code = (
-        f"from ultralytics import YOLO; print(type(YOLO('{tmp_path}/run/r/weights/last.pt').model.model[22]).__name__)"
+    result = subprocess.run(
+        [sys.executable, *command], cwd=folder, env=environment, capture_output=True, text=True, timeout=300
     )
-    if "container_light" in name:
-        code = code.replace("model[22]", "model[0]")
-    result = subprocess.run([*run, code], cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=300)
-    expected = "ContainerBackbone" if "container_light" in name else "ContextAggregation"
-    assert result.stdout.splitlines()[-1:] == [expected], result.stderr[-2000:]
+    assert result.returncode == 0, result.stderr[-2000:]
+    return result.stdout
+
+
+@pytest.mark.parametrize(
+    "name", ["yolov8n-context.yaml", pytest.param("yolo11n-container_light.yaml", marks=pytest.mark.slow)]
+)
+def test_trained_saved_and_trained_on(ultralytics, tmp_path, data, name):
+    """By Ultralytics' own trainer; what it saves goes on in a process that does not name this package."""
+    train = f"""train(
+    data={data!r}, epochs=1, imgsz=64, batch=2, device="cpu", workers=0, plots=False, val=False,
+    project={str(tmp_path / "run")!r}, exist_ok=True, name="""
+    new = f"""import container.yolo
+from ultralytics import YOLO
+path = container.yolo.config({name!r})
+YOLO(path).{train}'a')
+print(path)
+"""
+    on = f"""from ultralytics import YOLO
+model = YOLO({str(tmp_path / "run" / "a" / "weights" / "last.pt")!r})
+model.{train}'b')
+print(*{{type(m).__name__ for m in model.model.model if "container" in type(m).__module__}})
+"""
+    path = Path(run("-c", new, folder=tmp_path).splitlines()[-1])
+    assert path.name == name and not path.parent.exists()
+    expected = "ContextAggregation" if "context" in name else "ContainerBackbone"
+    assert run("-c", on, folder=tmp_path).splitlines()[-1] == expected
+
+
+@pytest.mark.parametrize(
+    "name", ["yolov8n-context.yaml", pytest.param("yolo11n-container_light_nano.yaml", marks=pytest.mark.slow)]
+)
+def test_a_process_of_several(ultralytics, tmp_path, data, name):
+    """What Ultralytics starts for each GPU, on a CPU: it gets the path of the YAML file, and registers nothing."""
+    from ultralytics.models.yolo.detect import DetectionTrainer
+    from ultralytics.utils.dist import ddp_cleanup, generate_ddp_file
+
+    options = dict(epochs=1, imgsz=64, batch=2, device="cpu", workers=0, plots=False, val=False, project=str(tmp_path))
+    trainer = DetectionTrainer(overrides=dict(options, model=yolo.config(name), data=data, exist_ok=True, name="a"))
+    file = generate_ddp_file(trainer)
+    try:
+        run(file, folder=tmp_path)
+    finally:
+        ddp_cleanup(trainer, file)
+    assert (tmp_path / "a" / "weights" / "last.pt").exists()
+
+
+def test_loading_a_layer_registers_it(ultralytics, monkeypatch):
+    """Also where the package was imported, to no effect, before Ultralytics was."""
+    tasks = ultralytics.nn.tasks
+    for layer in (ContextAggregation(4), ContainerBackbone("container_light_nano")):
+        with monkeypatch.context() as patch:
+            patch.delattr(tasks, "ContainerBackbone")
+            patch.setattr(tasks, "parse_model", before := lambda d, ch, verbose=True: None)
+            loaded = pickle.loads(pickle.dumps(layer))
+            assert tasks.ContainerBackbone is ContainerBackbone and tasks.parse_model is not before
+            assert [*loaded.state_dict()] == [*layer.state_dict()]
