@@ -6,7 +6,7 @@ released, so what follows are torchvision's parts and the field's usual settings
 
 import copy
 from collections import OrderedDict, defaultdict
-from typing import Any, Dict, List, Optional, Set, Type
+from typing import Any
 
 import timm
 import torch
@@ -36,7 +36,7 @@ class FeaturePyramid(nn.Module):
     """
 
     def __init__(
-        self, body: nn.Module, out_channels: int, coarser: int = 0, frozen_stages: int = 0, levels: Optional[int] = None
+        self, body: nn.Module, out_channels: int, coarser: int = 0, frozen_stages: int = 0, levels: int | None = None
     ) -> None:
         super().__init__()
         if coarser not in (0, 1, 2):
@@ -61,23 +61,23 @@ class FeaturePyramid(nn.Module):
             self.body.get_submodule(name).eval()
         return self
 
-    def forward(self, x: Tensor) -> Dict[str, Tensor]:
+    def forward(self, x: Tensor) -> dict[str, Tensor]:
         """(B, 3, H, W) -> maps by name."""
         return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(maps(self.body, x)[-self.levels :])))
 
 
-def maps(body: nn.Module, x: Tensor) -> List[Tensor]:
+def maps(body: nn.Module, x: Tensor) -> list[Tensor]:
     """The maps of a timm model as (B, C, H, W), whatever its own layout."""
     return [m.permute(0, 3, 1, 2) if getattr(body, "output_fmt", None) == "NHWC" else m for m in body(x)]
 
 
-def _freeze(body: nn.Module, frozen_stages: int) -> List[str]:
+def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
     """Freezes the parameters that a level depends on, and names the modules that it depends on.
 
     The graph of a trial pass on device meta tells. Names do not, as wrappers change them, nor does the modules' order.
     """
     twin: Any = copy.deepcopy(body).to("meta", torch.float32).train()
-    made: Dict[nn.Module, Set[Any]] = defaultdict(set)
+    made: dict[nn.Module, set[Any]] = defaultdict(set)
 
     def note(module: nn.Module, _: Any, y: Any) -> None:
         made[module] |= {t.grad_fn for t in (y if isinstance(y, (list, tuple)) else [y]) if isinstance(t, Tensor)}
@@ -92,8 +92,8 @@ def _freeze(body: nn.Module, frozen_stages: int) -> List[str]:
     levels = [0, *(i % len(twin.feature_info) + 1 for i in twin.feature_info.out_indices)]
     if frozen_stages not in levels:
         raise ValueError(f"frozen_stages {frozen_stages} is not in {levels}, the levels of the backbone")
-    before: Set[Any] = set()
-    ahead: List[Any] = [tensors[levels.index(frozen_stages)].grad_fn]
+    before: set[Any] = set()
+    ahead: list[Any] = [tensors[levels.index(frozen_stages)].grad_fn]
     while ahead:
         if (node := ahead.pop()) not in before and node is not None:
             before.add(node)
@@ -118,7 +118,7 @@ def feature_pyramid(
     levels: int = 4,
     coarser: int = 1,
     out_channels: int = 256,
-    norm: Optional[str] = None,
+    norm: str | None = None,
     frozen_stages: int = 0,
     drop_path_rate: float = 0.0,
     grad_checkpointing: bool = False,
@@ -196,7 +196,7 @@ def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 
 
 
 def _detector(
-    kind: Type[Any], name: str, backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **sizes: Any
+    kind: type[Any], name: str, backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **sizes: Any
 ) -> Any:
     cfg = timm.get_pretrained_cfg(name)
     statistics = dict(image_mean=cfg.mean, image_std=cfg.std) if cfg is not None else {}

@@ -13,7 +13,7 @@ import copy
 import re
 import sys
 import tempfile
-from typing import Any, Dict, List
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -25,7 +25,7 @@ __all__ = ["ContainerBackbone", "ContextAggregation", "config", "register"]
 
 
 class _Row(nn.Module):
-    def __setstate__(self, state: Dict[str, Any]) -> None:
+    def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
         if "ultralytics.nn.tasks" in sys.modules:  # else it is somebody else that loads, or copies
             register()
@@ -82,7 +82,7 @@ class ContainerBackbone(_Row):
         super().__init__()
         self.body = features(name, pretrained=pretrained, in_chans=in_chans)
 
-    def forward(self, x: Tensor) -> List[Tensor]:
+    def forward(self, x: Tensor) -> list[Tensor]:
         """(B, in_chans, H, W) -> maps."""
         return maps(self.body, x)
 
@@ -92,7 +92,7 @@ class _ContextRow(ContextAggregation):
 
     __qualname__ = "ContextAggregation"  # what Ultralytics prints
 
-    def __new__(cls, channels: List[int], source: int, reduction: int = 1) -> ContextAggregation:  # type: ignore[misc]
+    def __new__(cls, channels: list[int], source: int, reduction: int = 1) -> ContextAggregation:  # type: ignore[misc]
         return ContextAggregation(channels[source], reduction)
 
 
@@ -119,7 +119,7 @@ def register(_: Any = None) -> None:
     vars(tasks).update(_ContextRow=_ContextRow, ContainerBackbone=ContainerBackbone)
 
 
-def _rewritten(d: Dict[str, Any], in_chans: int) -> Dict[str, Any]:
+def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """Our rows in words that Ultralytics' parser has.
 
     It passes the arguments of a layer that it does not know as they are, but for strings that name one of its own
