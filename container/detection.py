@@ -149,9 +149,12 @@ def feature_pyramid(
     if not 1 <= levels <= depth:
         raise ValueError(f"levels {levels} is not in 1 to {depth}, the levels of {name}")
     indices = tuple(range(min(depth - levels, (frozen_stages - 1) % depth), depth))
-    options = dict(norm_layer=norms.get(str(norm)), drop_path_rate=drop_path_rate or None)  # timm drops a None
+    options = dict(pretrained=pretrained, out_indices=indices, drop_path_rate=drop_path_rate or None)  # None: dropped
     try:
-        body: Any = features(name, pretrained=pretrained, out_indices=indices, **options)
+        try:
+            body: Any = features(name, norm_layer=None if norm == "frozen" else norm, **options)
+        except (AssertionError, KeyError, TypeError):  # some of timm's models take a norm by its class alone
+            body = features(name, norm_layer=norms.get(str(norm)), **options)
     except (AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{name}, {levels=}, {frozen_stages=}, {norm=}, {drop_path_rate=}: {error!r}") from error
     if norm == "frozen" or (norm is None and pretrained):

@@ -189,9 +189,9 @@ def test_a_detector_with_pretrained_weights_learns_a_box():
     model = retinanet(OURS, 2, min_size=64, max_size=64, out_channels=16, levels=2, pretrained=True)
     images = [torch.rand(3, 64, 64)]
     images[0][:, 5:50, 5:40] *= 0.2
-    optimizer = torch.optim.AdamW(model.parameters(), lr=3e-3)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(40):
+    for _ in range(60):
         loss = sum(model(images, targets(images)).values())
         optimizer.zero_grad()
         loss.backward()
@@ -217,9 +217,12 @@ def test_onnx(build, tmp_path):
     images = [torch.rand(3, 64, 96)]
     torch.onnx.export(model, (images,), tmp_path / "model.onnx", dynamo=False, opset_version=18)
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
-    boxes = session.run(None, {session.get_inputs()[0].name: images[0].numpy()})[0]
-    expected = model(images)[0]["boxes"]
-    torch.testing.assert_close(torch.from_numpy(boxes[:10]), expected[:10], atol=1e-2, rtol=1e-3)
+    outputs = session.run(None, {session.get_inputs()[0].name: images[0].numpy()})
+    boxes, scores = (torch.from_numpy(a) for a in outputs[:3] if a.dtype.kind == "f")  # labels are between, or behind
+    expected = model(images)[0]
+    torch.testing.assert_close(scores[:10], expected["scores"][:10], atol=1e-4, rtol=1e-3)
+    # Boxes of one score may come in another order.
+    assert torch.cdist(expected["boxes"][:10], boxes).min(dim=1).values.max() < 0.05
 
 
 def test_recomputed_blocks_give_the_same_gradients():

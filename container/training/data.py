@@ -82,7 +82,7 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (natural_key(name), name))
 
 
-class _Folder(Reader):
+class ClassFolders(Reader):
     """Images in class folders: all below one, however deep, are of that class, as torchvision's ImageFolder has it.
 
     Note: timm's reader takes the folder that an image lies in for its class, whatever that is in.
@@ -139,7 +139,7 @@ def _raise(error: OSError) -> None:
     raise PermissionError(f"folder {error.filename} cannot be read")
 
 
-def _open_tar(path: Path) -> ReaderImageInTar:
+def open_tar(path: Path) -> ReaderImageInTar:
     """timm's reader over a tar file of class folders or of a tar file for each class.
 
     Note: timm keeps an index beside a large archive, and believes it also when the archive is another; here is none.
@@ -183,7 +183,7 @@ class Images(ImageDataset):
 
     def __init__(self, root: str | None, reader: str = "", train: bool = False, split: str = "train") -> None:
         path = Path(root or "")
-        super().__init__(root, reader=reader or (_Folder(path) if path.is_dir() else _open_tar(path)), split=split)
+        super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
