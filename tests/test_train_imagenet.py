@@ -6,13 +6,18 @@ import os
 import resource
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import tarfile
 import time
 from collections import Counter
+from contextlib import suppress
+from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
+import psutil
 import pytest
 import reference
 import timm
@@ -25,7 +30,7 @@ from timm.data import create_transform
 from timm.task import ClassificationTask
 
 import container
-from container.training import Checkpoints, Digits
+from container.training import Checkpoints, Digits, Run
 from container.training.run import growing
 from train_imagenet import build_model, main, parse_args
 
@@ -384,31 +389,167 @@ def test_two_nodes_meet_by_rendezvous(folder, tmp_path):
     assert sorted("steps of 16 images (2 x 8 x 1)" in out for out, _ in outs) == [False, True]
 
 
-@pytest.mark.parametrize(
-    "launcher, number",
-    [
-        ([], signal.SIGTERM),
-        ([], signal.SIGINT),
-        pytest.param(TORCHRUN, signal.SIGTERM, marks=pytest.mark.slow),
-    ],
-    ids=["SIGTERM", "Ctrl-C", "SIGTERM under torchrun"],
-)
-def test_a_signal_saves_and_stops(folder, tmp_path, launcher, number):
-    """To the whole group of processes, loaders of data among them, as a shell, Slurm or timeout send it."""
-    arguments = ["--data-dir", str(folder), *SMALL, "--batch-size", "4", "--epochs", "500", "--workers", "1"]
-    arguments += ["--resume", "auto", "--device", "cpu"]
-    process = start(*arguments, cwd=tmp_path, launcher=launcher, start_new_session=True)
+def everyone(pid):
+    """A process and all that it has started, whatever session they are in."""
+    found = [psutil.Process(pid)]
+    return found + found[0].children(recursive=True)
+
+
+def begin(folder, tmp_path, *arguments, launcher=()):
+    """A run that would go on for long, after its first checkpoint."""
+    arguments = ["--data-dir", str(folder), *SMALL, "--batch-size", "4", "--epochs", "500", *arguments]
+    process = start(*arguments, "--resume", "auto", "--device", "cpu", cwd=tmp_path, launcher=launcher)
     while not list((tmp_path / "output").glob("checkpoint-*")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
-    os.killpg(process.pid, number)
-    out, err = process.communicate(timeout=60)
-    if not launcher:
-        assert process.returncode == 128 + number and "Traceback" not in err, err
-    assert "told to stop after " in out + err and "--resume auto --output output" in out + err
-    where = Checkpoints(tmp_path / "output").load()["progress"]
-    assert where["epoch"] < 500
-    assert f"after {where['epoch']} epochs and {where['step']} steps" in out + err
+    return process
+
+
+@pytest.mark.parametrize(
+    "launcher, number",
+    [
+        ([], "SIGTERM"),
+        ([], "SIGINT"),
+        ([], "SIGHUP"),
+        ([], "SIGUSR1"),
+        pytest.param(TORCHRUN, "SIGTERM", marks=pytest.mark.slow),
+    ],
+)
+def test_a_signal_saves_and_stops(folder, tmp_path, launcher, number):
+    """To every process twice, loaders of data among them, as Slurm and torchrun together send it."""
+    number = getattr(signal, number)
+    for again in range(3 if launcher else 1):
+        process = begin(folder, tmp_path, "--workers", "1", launcher=launcher)
+        before = Checkpoints(tmp_path / "output").paths()
+        time.sleep(0.5 * again)
+        for _ in range(2):
+            for one in everyone(process.pid):
+                with suppress(psutil.NoSuchProcess):
+                    one.send_signal(number)
+        out, err = process.communicate(timeout=60)
+        if not launcher:
+            assert process.returncode == 128 + number and "Traceback" not in err, err
+        assert Checkpoints(tmp_path / "output").paths() != before, err
+        assert (out + err).count("told to stop after ") == 1 and "--resume auto --output output" in out + err
+        assert (tmp_path / "output" / "stopped").exists()
+        where = Checkpoints(tmp_path / "output").load()["progress"]
+        assert where["epoch"] < 500
+        assert f"after {where['epoch']} epochs and {where['step']} steps" in out + err
+
+
+@pytest.mark.parametrize("dead", [0, 1])
+@pytest.mark.slow
+def test_a_dead_process_ends_the_job_in_seconds(folder, tmp_path, dead):
+    """Killed, as by the kernel where memory is short; the loaders of neither outlive it."""
+    process = begin(folder, tmp_path, "--workers", "1", launcher=TORCHRUN)
+    everybody = everyone(process.pid)
+    trainers = {
+        int(one.environ()["RANK"]): one for one in everybody if one.ppid() == process.pid and "RANK" in one.environ()
+    }
+    trainers[str(dead)].kill()
+    began = time.monotonic()
+    process.communicate(timeout=60)
+    assert time.monotonic() - began < 20 and process.returncode
+    assert not [one for one in everybody if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
+
+
+def test_two_runs_do_not_share_a_folder(folder, tmp_path):
+    process = begin(folder, tmp_path, "--workers", "0")
+    second = run("--data-dir", str(folder), *SMALL, "--resume", "auto", cwd=tmp_path)
+    assert second.returncode == 1
+    who = f"(process {process.pid} on {socket.gethostname()})"
+    assert second.stderr == f"train_imagenet.py: output is the folder of a run in progress {who}\n"
+    process.kill()
+    process.communicate()
+    third = run("--data-dir", str(folder), *SMALL, "--batch-size", "4", "--resume", "force", cwd=tmp_path)
+    assert third.returncode == 0 and "going on after" in third.stdout, third.stderr  # the first one's hold went with it
+
+
+def test_an_epoch_is_saved_before_it_is_evaluated(here, folder, tmp_path):
+    """What fails in the evaluation, here the data, costs the evaluation alone."""
+    for path in sorted((folder / "val").glob("*/*.jpg")):
+        path.write_bytes(b"no image")
+    with pytest.raises(SystemExit, match="cannot be read"):
+        here("--resume", "auto")
+    saved = Checkpoints(tmp_path / "output").load()
+    assert saved["progress"]["epoch"] == 0 and saved["progress"]["step"] == 3
+    for path in sorted((folder / "val").glob("*/*.jpg")):
+        shutil.copy(folder / "train" / path.parent.name / path.name, path)
+    finished = here("--resume", "auto")
+    assert finished["progress"]["epoch"] == 1 and len(finished["progress"]["history"]) == 1
+    assert_same(saved["state_dict"], finished["state_dict"])
+
+
+class Overflow:
+    """Makes the gradients of chosen steps infinite under finite losses."""
+
+    def __init__(self, monkeypatch, *steps):
+        forward, self.step = ClassificationTask.forward, 0
+
+        def overflow(task, images, targets):
+            result = forward(task, images, targets)
+            if task.training:
+                self.step += 1
+                if self.step in steps:
+                    result["loss"].register_hook(lambda gradient: gradient * float("inf"))
+            return result
+
+        monkeypatch.setattr(ClassificationTask, "forward", overflow)
+
+
+def test_a_bad_gradient_costs_its_step(here, tmp_path, monkeypatch):
+    """The weights stay those before it; it is counted, and nothing that is not finite is saved."""
+    clean = here("--epochs", "2", *PLAIN, "--clip-grad", "5")
+    Overflow(monkeypatch, 6)  # the last step of the second epoch
+    state = here("--epochs", "2", *PLAIN, "--clip-grad", "5", output="bad")
+    assert state["progress"]["skipped"] == 1
+    assert json.loads((tmp_path / "bad" / "summary.json").read_text())["skipped_steps"] == 1
+    assert all(tensor.isfinite().all() for tensor in state["state_dict"].values())
+    changed = [not torch.equal(tensor, clean["state_dict"][key]) for key, tensor in state["state_dict"].items()]
+    assert any(changed)
+    Overflow(monkeypatch, *range(1, 100))
+    with pytest.raises(SystemExit, match="20 steps in a row had a gradient that is not finite"):
+        here("--epochs", "10", *PLAIN, output="worse")
+
+
+def test_weights_that_are_not_finite_are_not_saved(here, tmp_path, monkeypatch):
+    def spoil(run):
+        with torch.no_grad():
+            run.model.norm.running_var[3] = float("nan")
+        return save(run)
+
+    save = Run.save
+    monkeypatch.setattr(Run, "save", spoil)
+    with pytest.raises(SystemExit, match=r"norm.running_var is not finite: not saved"):
+        here()
+    assert not Checkpoints(tmp_path / "output").paths()
+
+
+def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(here, tmp_path, capsys):
+    here("--resume", "auto")
+    for path in Checkpoints(tmp_path / "output").paths():
+        path.write_bytes(b"")
+    with pytest.raises(SystemExit, match=r"all \d checkpoints in output are damaged"):
+        here("--resume", "auto")
+    assert not list((tmp_path / "output").glob("*.pth")) and list((tmp_path / "output").glob("*.damaged"))
+
+
+def test_the_rate_in_the_table_is_the_one_used(here, tmp_path):
+    """Of the epoch, and not of the one after it."""
+    here(
+        "--epochs", "3", "--warmup-epochs", "1", "--warmup-lr", "1e-6", "--min-lr", "1e-5", "--lr-base", "0.32", *PLAIN
+    )
+    rates = [row["lr"] for row in rows(tmp_path / "output")]
+    assert rates[0] == pytest.approx(1e-6) and rates[1] > rates[2] > 1e-5
+
+
+def test_little_shared_memory_is_said_before_the_run(here, monkeypatch):
+    """torch's loaders would wait for ever."""
+    usage = SimpleNamespace(free=64 * 2**20)
+    monkeypatch.setattr("container.training.loader.shutil.disk_usage", lambda _: usage)
+    flags = ["--img-size", "1024", "--workers", "2", "--batch-size", "16"]
+    with pytest.raises(SystemExit, match="/dev/shm has 64 MiB free, and 2 loaders want 192: fewer"):
+        here(*flags)
 
 
 def test_a_continued_run_is_checked(here, capsys):
@@ -420,6 +561,10 @@ def test_a_continued_run_is_checked(here, capsys):
     capsys.readouterr()
     here("--resume", "auto", "--batch-size", "8", "--grad-accum", "2")  # the same step, divided anew
     assert "going on after 1 epochs and 0 steps" in capsys.readouterr().out
+    here("--resume", "auto", "--checkpoint", "gone.pth", "--compile", "none", "--channels-last")  # all that is saved
+    here("--resume", "force", "--lr-base", "0.001")
+    forced = json.loads((Path("output") / "summary.json").read_text())["forced"]
+    assert forced == {"lr_base": [0.0005, 0.001]}
 
 
 def test_a_damaged_checkpoint_is_passed_over(here, tmp_path, capsys):

@@ -1,9 +1,11 @@
 """Batches of augmented training images, from anywhere in a run."""
 
+import ctypes
 import math
 import os
 import shutil
 import signal
+import sys
 from collections.abc import Iterator
 from typing import Any
 
@@ -27,6 +29,8 @@ def _shield(worker: int) -> None:
     """
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it, should nothing else
+    if sys.platform == "linux":  # it dies with the process that trains: torch's own watch waits for full queues
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -> None:

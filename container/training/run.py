@@ -440,9 +440,12 @@ class Run:
                         self.save()
                     if self.stopped:
                         self.leave(bar)
+                start = time.perf_counter()
                 try:
                     line = self.finish_epoch()
                 except StoppedError:
+                    progress.total_seconds += time.perf_counter() - start
+                    self.save()
                     self.leave(bar)
                 if self.rank == 0:
                     bar.write(line)
