@@ -10,6 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
+import torch.distributed as dist
 from timm.data import create_transform
 from timm.data.dataset import IterableImageDataset
 from timm.data.distributed_sampler import OrderedDistributedSampler, RepeatAugSampler
@@ -149,6 +150,9 @@ def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0)
     """
     seed_everything(seed, epoch)  # torch draws the seeds of its workers from here
     if isinstance(loader.dataset, IterableImageDataset):
+        seed_everything(
+            seed, epoch, dist.get_rank(), 2
+        )  # which draw for all samples of a stream: not alike on all ranks
         loader.dataset.set_epoch(epoch)
         batches = iter(loader)
         for _ in range(first):
