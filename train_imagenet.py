@@ -56,7 +56,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
-    run.add_argument("--recipe", help="settings: a name in recipes/")
+    run.add_argument("--recipe", help="settings: a name in recipes/, or a file *.yaml")
     run.add_argument("--output", default="output", help="new folder for all that a run leaves (-1, -2, ... if taken)")
     run.add_argument(
         "--resume",
@@ -124,8 +124,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
     given = parser.parse_args(argv)
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")
+    beside = Path(given.checkpoint or "").with_name("args.yaml") if given.checkpoint else None
+    if given.eval and not given.recipe and beside is not None and beside.is_file():
+        recipe = str(beside)  # what the run that left the checkpoint was: model, data, image size
     args = parse_with_recipe(parser, argv, RECIPES, recipe)
     args.recipe = recipe
+    if given.eval and given.checkpoint:
+        args.pretrained = given.pretrained
     args.compile = None if args.compile == "none" else args.compile
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32

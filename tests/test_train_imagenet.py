@@ -279,7 +279,7 @@ def test_evaluation_of_any_weights(folder, here, tmp_path, capsys):
         top1 = max(row["eval_top1"] for row in trained) if name == "best" else trained[-1]["eval_top1"]
         assert f"{top1:.2f} % top-1, 100.00 % top-5" in out and "12 images of 2 classes at 32 x 32" in out
     with pytest.raises(SystemExit, match="knows 2 classes, and the data has 10"):
-        main([*SMALL, "--eval", "--checkpoint", str(tmp_path / "output" / file)])
+        main(["--recipe", "digits", *SMALL, "--eval", "--checkpoint", str(tmp_path / "output" / file)])
     # Class folders without a split, as ImageNet-V2 comes.
     main(["--data-dir", str(folder / "val"), *SMALL, "--eval", "--checkpoint", str(tmp_path / "output" / file)])
     assert capsys.readouterr().out == out
@@ -703,6 +703,14 @@ def test_classes_are_known_by_their_names(folder, tmp_path, monkeypatch, capsys)
         model = build_model(args, 2, torch.device("cpu"), names)
         assert torch.equal(model.head.fc.weight, best["head.fc.weight"]) == kept
         assert torch.equal(model.norm.weight, best["norm.weight"])
+
+
+def test_a_checkpoint_of_a_run_is_evaluated_by_its_name_alone(here, capsys):
+    here("--img-size", "48")
+    capsys.readouterr()
+    top1 = main(["--eval", "--checkpoint", "output/model_best.safetensors"])
+    out = capsys.readouterr().out
+    assert f"{top1:.2f} % top-1" in out and "12 images of 2 classes at 48 x 48" in out
 
 
 @pytest.mark.parametrize("name", ["resnet18", "container_light_nano"])

@@ -9,6 +9,9 @@ import yaml
 
 __all__ = ["parse_with_recipe"]
 
+# What a run's `args.yaml` says of that run alone.
+_NO_SETTINGS = ("recipe", "output", "resume", "eval", "dry_run", "device")
+
 
 def parse_with_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder: Path, name: str
@@ -19,7 +22,7 @@ def parse_with_recipe(
         parser: The arguments there are.
         argv: The user's arguments, or None for those of the process.
         folder: Where `NAME.yaml` lies.
-        name: The recipe.
+        name: The recipe, or a file called `*.yaml`: one of the user's own, or a run's `args.yaml`.
 
     Returns:
         The arguments.
@@ -27,16 +30,19 @@ def parse_with_recipe(
     Raises:
         SystemExit: As argparse does, for a recipe that does not exist, sets what is no argument, or sets a wrong value.
     """
-    path = folder / f"{name}.yaml"
+    path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file():
         parser.error(f"no recipe {name}; there are {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
     flags: list[str] = []
+    known = parser._option_string_actions
     for key, value in yaml.safe_load(path.read_text(encoding="utf-8")).items():
         flag = f"--{key.replace('_', '-')}"
-        if flag not in parser._option_string_actions:
+        if key in _NO_SETTINGS:
+            continue
+        if flag not in known:
             parser.error(f"recipe {name} sets {key}, which is no argument")
         if isinstance(value, bool):
-            flags.append(flag if value else f"--no-{flag[2:]}")
+            flags += [flag] if value else [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
         elif value is not None:
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])

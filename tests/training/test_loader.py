@@ -103,7 +103,7 @@ def shards(tmp_path):
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-def test_a_stream_is_the_same_stream_again(shards):
+def test_a_stream_is_the_same_stream_again(shards, monkeypatch):
     """WebDataset shards are read in order: the middle of an epoch is reached by reading up to it."""
     train, val, classes = create_datasets(shards, "wds/", num_classes=2, batch_size=8)
     assert classes == 2
@@ -124,6 +124,10 @@ def test_a_stream_is_the_same_stream_again(shards):
         create_datasets(None, "wds/", num_classes=2)
     with pytest.raises(ValueError, match="a stream cannot give an image twice"):
         loader(1, train, repeats=3)
+    with monkeypatch.context() as patch:  # another rank draws differently, be it for the same images
+        patch.setattr("container.training.loader.dist.get_rank", lambda: 1)
+        other = list(epoch_batches(loader(1, train), seed=1, epoch=0))
+    assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(whole, other))
 
 
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")

@@ -56,3 +56,14 @@ def test_a_wrong_recipe(tmp_path, capsys, recipe, message):
     with pytest.raises(SystemExit):
         parse_with_recipe(parser, [], tmp_path, "mine")
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_a_file_is_a_recipe_and_so_are_the_settings_of_a_run(tmp_path, capsys):
+    args = parse_args(["--data-dir", "imagenet", "--lr-base", "0.1", "--channels-last", "--output", "x", "--dry-run"])
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(vars(args)))
+    again = parse_args(["--recipe", str(tmp_path / "args.yaml"), "--epochs", "7"])
+    changed = {key for key, value in vars(args).items() if getattr(again, key) != value}
+    assert changed == {"recipe", "output", "dry_run", "epochs"} and again.epochs == 7 and again.output == "output"
+    with pytest.raises(SystemExit):
+        parse_args(["--recipe", "nowhere.yaml"])
+    assert "no recipe nowhere.yaml; there are " in capsys.readouterr().err
