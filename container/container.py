@@ -17,7 +17,6 @@ from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
 from timm.layers import (
     ClassifierHead,
     LayerNorm2d,
-    _assert,
     calculate_drop_path_rates,
     get_act_layer,
     get_device_dtype,
@@ -65,7 +64,6 @@ class PatchEmbed(nn.Module):
         patch_size: Side of a patch in positions of the map.
         stride: Distance between patches.
         dilation: Distance between the taps of the patch.
-        min_size: Smallest H and W accepted.
         device: Device of the parameters.
         dtype: Type of the parameters.
     """
@@ -77,21 +75,16 @@ class PatchEmbed(nn.Module):
         patch_size: int,
         stride: int,
         dilation: int = 1,
-        min_size: int = 1,
         device: Optional[torch.device] = None,
         dtype: Optional[torch.dtype] = None,
     ) -> None:
         super().__init__()
         self.reach = dilation * (patch_size - 1)
-        self.min_size = min_size
         self.proj = nn.Conv2d(in_chs, dim, patch_size, stride, dilation=dilation, device=device, dtype=dtype)
         self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C', H', W')."""
-        height, width = x.shape[-2], x.shape[-1]
-        _assert(height >= self.min_size, f"image height {height} is smaller than the stem's patch {self.min_size}")
-        _assert(width >= self.min_size, f"image width {width} is smaller than the stem's patch {self.min_size}")
         # As wide as a patch reaches beyond its first position, whatever the size: the convolution leaves out what it
         # does not need, and nothing here depends on the size, which fx and torch.export would pin.
         return self.norm(self.proj(F.pad(x, (0, self.reach, 0, self.reach))))
@@ -169,8 +162,8 @@ class Container(nn.Module):
     Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the
     family is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
 
-    Takes any image size from 32 x 32 up (the stem's patch, really), square or not, odd or even, unless a stage holds a
-    `TokenMatrix`: that one is tied to `img_size`, see `set_input_size`.
+    Takes any image size, square or not, odd or even, unless a stage holds a `TokenMatrix`: that one is tied to
+    `img_size`, see `set_input_size`. Below 32 x 32 pixels the last stage has one token.
 
     Source: paper (the aggregation); everything around it (stem, norms, `pos_conv`, head) from the released code.
     Note: the release drops out after the stem too; here `drop_rate` acts before the classifier, as timm has it.
@@ -247,7 +240,7 @@ class Container(nn.Module):
         self.num_classes = num_classes
         self.in_chans = in_chans
 
-        self.stem = PatchEmbed(in_chans, embed_dims[0], patch_sizes[0], patch_sizes[0], min_size=patch_sizes[0], **dd)
+        self.stem = PatchEmbed(in_chans, embed_dims[0], patch_sizes[0], patch_sizes[0], **dd)
         strides, reduction, dilation = [patch_sizes[0]], patch_sizes[0], 1
         stages: List[nn.Module] = []
         feature_info: List[Dict[str, Any]] = []
@@ -299,7 +292,7 @@ class Container(nn.Module):
         self.feature_info = feature_info
         self.strides = strides
         self.stages = nn.Sequential(*stages)
-        self.num_features = self.head_hidden_size = embed_dims[-1]
+        self.num_features = embed_dims[-1]
         self.norm = norm(self.num_features, **dd)
         self.head = ClassifierHead(self.num_features, num_classes, pool_type=global_pool, drop_rate=drop_rate, **dd)
         self.head_hidden_size = self.head.num_features

@@ -641,7 +641,6 @@ def test_cifar10(tmp_path):
         (None, ["--batch-size", "500"], "a step of 500 images for 48 training images"),
         (None, ["--batch-size", "15"], "--batch-size 15 is odd, but mixup and cutmix mix images in pairs"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
-        (None, ["--img-size", "2"], "image height 2 is smaller than the stem's patch 4"),
         (
             None,
             ["--pretrained", "--model", "container_light"],
