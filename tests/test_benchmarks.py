@@ -186,6 +186,7 @@ def test_bad_entries(words, said):
     assert said in refused(speed, *words, "--device", "cpu")
 
 
+@pytest.mark.slow
 def test_side_by_side(tmp_path):
     entries = ["container_light_nano:eager,fused,fused+channels_last,bf16,amp", "resnet10t"]
     options = ["--batch-size", 2, "--img-size", 32, "--rounds", 3, "--seconds", 0.01, "--device", "cpu"]
@@ -223,6 +224,7 @@ def container_v1_light(pretrained=False, **kwargs):
 """
 
 
+@pytest.mark.slow
 def test_released_code_from_a_path(tmp_path):
     """A file in the authors' layout, which imports from where timm had its registry in 2021."""
     (tmp_path / "models.py").write_text(STAND_IN)
@@ -234,6 +236,7 @@ def test_released_code_from_a_path(tmp_path):
         assert "no container_v1_light" in refused(speed, *words, "--released", path)
 
 
+@pytest.mark.slow
 def test_models_side_by_side_in_processes(tmp_path):
     """Rows in the order of the entries, whichever is ready first; a graph is refused where there is no GPU."""
     entries = ["container_light_nano:eager,compile,graph", "resnet10t"]
@@ -381,6 +384,7 @@ def test_line_through_points():
     assert r2 == pytest.approx(np.corrcoef(x, y)[0, 1] ** 2)
 
 
+@pytest.mark.slow
 def test_memory_command(tmp_path):
     words = ["container_nano", "--sizes", "64x64", "96x160", "128x160", "--seconds", 0, "--device", "cpu"]
     done = command("memory", *words, "--out", tmp_path)
@@ -408,6 +412,7 @@ def test_memory_is_linear_in_the_number_of_tokens():
 # ------------------------------------------------------------------------------------------------- kernels and CIFAR
 
 
+@pytest.mark.slow
 def test_kernels_command(tmp_path):
     words = ["container_light_nano:amp", "--img-size", 32, "--batch-size", 2, "--steps", 2, "--device", "cpu"]
     done = command("kernels", *words, "--out", tmp_path)
@@ -425,6 +430,7 @@ def images(tmp_path):
     return tmp_path / "images"
 
 
+@pytest.mark.slow
 def test_cifar_repeats_itself_and_leaves_its_weights(images, tmp_path):
     words = ["--data-dir", images, "--epochs", 2, "--batch-size", 64, "--device", "cpu", "--images", 128]
     outs = []
@@ -441,6 +447,7 @@ def test_cifar_repeats_itself_and_leaves_its_weights(images, tmp_path):
     assert abs((found == 0).float().mean().item() * 100 - record["history"][-1]["top1"]) <= 50
 
 
+@pytest.mark.slow
 def test_cifar_measures_its_speed_and_forgets_it(images, tmp_path):
     """Measuring how many epochs fit leaves weights and result as they would be without."""
     words = ["--data-dir", images, "--batch-size", 64, "--device", "cpu", "--images", 128]

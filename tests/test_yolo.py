@@ -58,6 +58,7 @@ def test_layer_trains_with_a_batch_of_one_position():
 def test_without_ultralytics(monkeypatch):
     for name in ("ultralytics", "ultralytics.nn"):  # the second would be found if another test has imported it
         monkeypatch.setitem(sys.modules, name, None)
+    monkeypatch.delitem(sys.modules, "ultralytics.nn.tasks", raising=False)
     for call in (yolo.register, lambda: yolo.config("yolov8n-context.yaml")):
         with pytest.raises(ImportError, match="pip install ultralytics"):
             call()
