@@ -11,7 +11,6 @@ import sys
 import pytest
 import timm
 
-
 QUICK = ("container_light_nano", "container_nano", "container_mixer")
 
 
