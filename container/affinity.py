@@ -90,8 +90,6 @@ class SelfAttention(Affinity):
         dim: Channels C.
         num_heads: Matrices M; must divide `dim`.
         attn_drop: Probability with which an entry of A is dropped in training.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
@@ -158,8 +156,6 @@ class DepthwiseConv(Affinity):
         dim: Channels C, which is also M.
         kernel_size: Side k of the window in tokens; odd, so that a token sits in the middle of its window.
         dilation: Distance in tokens between two taps of the window.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `kernel_size` is even.
@@ -239,8 +235,6 @@ class TokenMatrix(Affinity):
         num_heads: Matrices M; must divide `dim`.
         grid: (H, W) to which the matrix is tied; `set_input_size` resamples it to another one.
         rank: r, or None for a dense matrix.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`, or `rank` is not between 1 and N.
@@ -364,8 +358,6 @@ class GlobalContext(Affinity):
 
     Args:
         dim: Channels C.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(self, dim: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:

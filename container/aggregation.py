@@ -45,10 +45,6 @@ class FreeGate(nn.Module):
 
     Source: paper (alpha and beta are learnable parameters).
     Note: the paper's initial values are not known to us; both start at one half, as in the released code.
-
-    Args:
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(self, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
@@ -83,8 +79,6 @@ class Aggregation(nn.Module):
         static: The affinity that is a parameter, or None.
         gate: Module that yields (alpha, beta) where both affinities are given; None for alpha = beta = 1.
         proj_drop: Dropout probability after `proj`.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: No affinity is given, or a gate without two affinities to mix.
@@ -166,8 +160,6 @@ class Block(nn.Module):
         drop_path: Probability that a residual branch is dropped.
         norm_layer: Norm over a map, called with `dim`.
         act_layer: Activation of the MLP.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(

@@ -64,8 +64,6 @@ class PatchEmbed(nn.Module):
         patch_size: Side of a patch in positions of the map.
         stride: Distance between patches.
         dilation: Distance between the taps of the patch.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
     """
 
     def __init__(
@@ -190,8 +188,6 @@ class Container(nn.Module):
         drop_path_rate: Probability that the last block's branches are dropped; rises linearly from 0 over the blocks.
         norm_layer: Norm of the blocks and before the head: a class, a partial, or a timm name.
         act_layer: Activation of the MLP: likewise.
-        device: Device of the parameters.
-        dtype: Type of the parameters.
 
     Raises:
         ValueError: A per-stage argument has the wrong length, an affinity or gate is unknown, `output_stride` is not 8,
