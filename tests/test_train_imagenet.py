@@ -396,10 +396,11 @@ def everyone(pid):
 
 
 def begin(folder, tmp_path, *arguments, launcher=()):
-    """A run that would go on for long, after its first checkpoint."""
+    """A run that would go on for long, after its first new checkpoint."""
     arguments = ["--data-dir", str(folder), *SMALL, "--batch-size", "4", "--epochs", "500", *arguments]
+    before = set((tmp_path / "output").glob("checkpoint-*"))
     process = start(*arguments, "--resume", "auto", "--device", "cpu", cwd=tmp_path, launcher=launcher)
-    while not list((tmp_path / "output").glob("checkpoint-*")):
+    while set((tmp_path / "output").glob("checkpoint-*")) <= before:
         assert process.poll() is None, process.communicate()
         time.sleep(0.05)
     return process
@@ -446,7 +447,7 @@ def test_a_dead_process_ends_the_job_in_seconds(folder, tmp_path, dead):
     trainers = {
         int(one.environ()["RANK"]): one for one in everybody if one.ppid() == process.pid and "RANK" in one.environ()
     }
-    trainers[str(dead)].kill()
+    trainers[dead].kill()
     began = time.monotonic()
     process.communicate(timeout=60)
     assert time.monotonic() - began < 20 and process.returncode
