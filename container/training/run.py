@@ -372,7 +372,7 @@ class Run:
         if self.rank == 0 and better:
             # The weights that were the best, alone: of a checkpoint with both, timm loads the averaged.
             weights = get_state_dict(self.task.get_eval_model(ema=args.best == "ema"))
-            names = dict(format="pt", classes=json.dumps(self.fixed["class_names"]))
+            names = dict(classes=json.dumps(self.fixed["class_names"]))  # one entry: of two, the order is of chance
             best = save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata=names)
             write_atomically(self.output / "model_best.safetensors", best)
         if self.progress.epoch == args.epochs:
