@@ -8,7 +8,13 @@ from types import FrameType
 import torch
 import torch.distributed as dist
 
-__all__ = ["StopSignal", "agree", "join_group"]
+__all__ = ["SIGNALS", "StopSignal", "agree", "join_group"]
+
+SIGNALS = [
+    getattr(signal, name)
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has two of them
+    if hasattr(signal, name)
+]
 
 
 def join_group(device: str) -> torch.device:
@@ -62,9 +68,7 @@ class StopSignal:
     def __init__(self) -> None:
         self.received: int | None = None
         self._since = 0.0
-        names = ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")
-        numbers = [getattr(signal, name) for name in names if hasattr(signal, name)]
-        self._before = {number: signal.getsignal(number) for number in numbers}
+        self._before = {number: signal.getsignal(number) for number in SIGNALS}
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:

@@ -18,6 +18,7 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
 
 __all__ = ["create_train_loader", "create_val_loader", "epoch_batches"]
@@ -28,8 +29,11 @@ def _shield(worker: int) -> None:
 
     The process that trains still needs its batches to finish a step, and ends its workers itself.
     """
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in SIGNALS:
+        signal.signal(number, signal.SIG_IGN)
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it, should nothing else
+    if hasattr(signal, "pthread_sigmask"):
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
     if sys.platform == "linux":  # it dies with the process that trains: torch's own watch waits for full queues
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
@@ -46,11 +50,24 @@ def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -
             )
 
 
+class _Loader(DataLoader[Any]):
+    """A DataLoader whose workers begin with signals blocked, until `_shield` is up."""
+
+    def __iter__(self) -> Any:
+        if not hasattr(signal, "pthread_sigmask"):
+            return super().__iter__()
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits it
+        try:
+            return super().__iter__()
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
 def _prefetch(
     dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device, **options: Any
 ) -> PrefetchLoader:
     _check_shared_memory(workers, batch_size, config["input_size"])
-    loader = DataLoader(
+    loader = _Loader(
         dataset,
         batch_size=batch_size,
         num_workers=workers,

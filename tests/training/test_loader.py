@@ -2,6 +2,8 @@
 
 import io
 import json
+import os
+import signal
 import tarfile
 from types import SimpleNamespace
 
@@ -14,6 +16,7 @@ from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
 from torch.utils.data import Dataset
 
+import container.training.loader
 from container.training import (
     Digits,
     create_datasets,
@@ -61,6 +64,19 @@ def test_batches_do_not_depend_on_workers_and_can_begin_anywhere():
     assert_equal(whole[4:], list(epoch_batches(with_workers, seed=1, epoch=3, first=4)))
     other = list(epoch_batches(alone, seed=1, epoch=4))
     assert not torch.equal(whole[0][0], other[0][0])
+
+
+@pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
+def test_a_signal_to_a_loader_that_just_began(monkeypatch, number):
+    """Of its first moment: torch's own handlers are there then, and ours are not yet."""
+    shield = container.training.loader._shield
+
+    def at_once(worker):
+        os.kill(os.getpid(), number)
+        shield(worker)
+
+    monkeypatch.setattr(container.training.loader, "_shield", at_once)
+    assert len(list(epoch_batches(loader(2), seed=1, epoch=0))) == 50 // 8
 
 
 def test_validation_is_timm_s():
