@@ -249,6 +249,7 @@ def test_models_side_by_side_in_processes(tmp_path):
     assert rows[0]["faster"] == [1.0, 1.0]
 
 
+@pytest.mark.slow
 def test_a_budget_is_kept(tmp_path):
     """Too short for anything: every row says so, and the command ends at once."""
     start = time.perf_counter()
@@ -481,6 +482,7 @@ torch.ones(8 << 30)""",
 )
 
 
+@pytest.mark.slow
 def test_a_fault_costs_its_own_step_alone(tmp_path):
     """One fails, one hangs, one asks for more memory than there is; what comes after them runs, and time is kept."""
     # A process of its own: it kills whatever it has started.

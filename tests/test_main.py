@@ -1,5 +1,6 @@
 """The `container` command, as a user types it."""
 
+import io
 import json
 import os
 import shutil
@@ -26,13 +27,15 @@ def run(*arguments, cwd):
     )
 
 
-def test_script_runs_with_its_arguments_and_the_models(tmp_path):
+def test_script_runs_with_its_arguments_and_the_models(tmp_path, monkeypatch, capsys):
     (tmp_path / "script.py").write_text(
         "import sys, timm\nif __name__ == '__main__':\n    print(sys.argv[1:], timm.is_model('container_light'))\n"
     )
-    for command in (["script.py"], ["run", "script.py"]):
-        result = run(*command, "--model", "x", cwd=tmp_path)
-        assert result.stdout == "['--model', 'x'] True\n" and result.returncode == 0
+    result = run("run", "script.py", "--model", "x", cwd=tmp_path)
+    assert result.stdout == "['--model', 'x'] True\n" and result.returncode == 0
+    monkeypatch.setattr(sys, "argv", [])
+    main([str(tmp_path / "script.py"), "--model", "y"])
+    assert capsys.readouterr().out == "['--model', 'y'] True\n"
 
 
 @pytest.mark.parametrize(
@@ -64,9 +67,10 @@ def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
     assert not (tmp_path / "out").exists()
 
 
-def test_list(capsys):
+def test_list(monkeypatch, capsys):
+    monkeypatch.setattr(zoo, "table", lambda markdown: "the table\nof the zoo")
     main(["list"])
-    assert capsys.readouterr().out.splitlines() == zoo.table().splitlines()
+    assert capsys.readouterr().out.splitlines() == ["the table", "of the zoo"]
     main(["weights", "list"])
     header, released, ours = capsys.readouterr().out.splitlines()
     assert header.startswith("weights") and released.endswith(" no") and ours.endswith(str(PACKAGED))
@@ -117,19 +121,19 @@ def test_import_and_export(tmp_path, monkeypatch, capsys):
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in capsys.readouterr().out
 
 
-def test_fetch_asks(tmp_path):
+def test_fetch_asks(tmp_path, monkeypatch, capsys):
     """Whose file it is, where it lies and under which licence are said first; without a yes nothing is done."""
-    environment = dict(os.environ, PYTHONPATH=str(ROOT), CONTAINER_WEIGHTS_DIR=str(tmp_path / "weights"))
-    command = [sys.executable, "-m", "container", "weights", "fetch", RELEASED]
+    monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path / "weights"))
     for answer in ("n\n", ""):
-        result = subprocess.run(
-            command, input=answer, env=environment, capture_output=True, text=True, timeout=120, cwd=tmp_path
-        )
-        assert result.returncode == 1 and result.stderr == "container: not downloaded\n"
+        monkeypatch.setattr(sys, "stdin", io.StringIO(answer))
+        with pytest.raises(SystemExit, match="container: not downloaded"):
+            main(["weights", "fetch", RELEASED])
+        output = capsys.readouterr().out
         for said in ("the paper's authors", "https://drive.google.com/file/d/", "MIT", "Apache 2.0", str(tmp_path)):
-            assert said in result.stdout
+            assert said in output
     assert list(tmp_path.iterdir()) == []
-    environment["HTTPS_PROXY"] = environment["https_proxy"] = "http://127.0.0.1:9"
-    result = subprocess.run([*command, "--yes"], env=environment, capture_output=True, text=True, timeout=120)
+    monkeypatch.setenv("HTTPS_PROXY", "http://127.0.0.1:9")
+    monkeypatch.setenv("https_proxy", "http://127.0.0.1:9")
+    result = run("weights", "fetch", RELEASED, "--yes", cwd=tmp_path)
     assert result.returncode == 1 and len(result.stderr.splitlines()) == 1, result.stderr
     assert list(tmp_path.iterdir()) == []

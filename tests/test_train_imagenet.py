@@ -202,11 +202,13 @@ def test_a_recipe_computes_in_16_bits_on_gpus_only():
     assert parse_args(["--recipe", "paper", "--device", "cuda"]).amp == "float16"
 
 
-def test_layout_and_compilation_change_nothing(here):
-    plain = here(*PLAIN)["progress"]["history"][0]["train_loss"]
-    for extra in (["--channels-last"], ["--compile", "aot_eager"]):
-        loss = here(*PLAIN, *extra, output=extra[0].strip("-"))["progress"]["history"][0]["train_loss"]
-        assert loss == pytest.approx(plain, rel=1e-4)
+@pytest.mark.parametrize(
+    "extra", [["--channels-last"], pytest.param(["--compile", "aot_eager"], marks=pytest.mark.slow)]
+)
+def test_layout_and_compilation_change_nothing(here, extra):
+    plain, other = (here(*PLAIN, *more, output=f"output{len(more)}") for more in ([], extra))
+    losses = [state["progress"]["history"][0]["train_loss"] for state in (plain, other)]
+    assert losses[1] == pytest.approx(losses[0], rel=1e-4)
 
 
 @pytest.mark.filterwarnings("ignore:No device id is provided")
@@ -353,6 +355,7 @@ def test_two_processes(folder, tmp_path):
     assert set(state) == set(timm.create_model("container_light_nano").state_dict())
 
 
+@pytest.mark.slow
 def test_two_processes_train_like_one(folder, here, tmp_path):
     """The same global batch gives the same curve, with augmentation: samples are seeded by their place in the epoch.
 
@@ -454,6 +457,7 @@ def test_a_dead_process_ends_the_job_in_seconds(folder, tmp_path, dead):
     assert not [one for one in everybody if one.is_running() and one.status() != psutil.STATUS_ZOMBIE]
 
 
+@pytest.mark.slow
 def test_two_runs_do_not_share_a_folder(folder, tmp_path):
     process = begin(folder, tmp_path, "--workers", "0")
     second = run("--data-dir", str(folder), *SMALL, "--resume", "auto", cwd=tmp_path)

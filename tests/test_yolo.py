@@ -253,9 +253,8 @@ def run(*command, folder):
     return result.stdout
 
 
-@pytest.mark.parametrize(
-    "name", ["yolov8n-context.yaml", pytest.param("yolo11n-container_light.yaml", marks=pytest.mark.slow)]
-)
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["yolov8n-context.yaml", "yolo11n-container_light.yaml"])
 def test_trained_saved_and_trained_on(ultralytics, tmp_path, data, name):
     """By Ultralytics' own trainer; what it saves goes on in a process that does not name this package."""
     train = f"""train(

