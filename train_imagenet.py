@@ -6,6 +6,7 @@
     torchrun --nproc_per_node=8 train_imagenet.py --data-dir imagenet --resume auto --output run
     python train_imagenet.py --data-dir imagenet --eval --checkpoint run/model_best.safetensors
 
+The loop is `train_one_epoch` in container/training/loop.py; `Run` in run.py beside it saves, evaluates and reports.
 Settings come from recipes/NAME.yaml: `digits` without data, else `paper`, or --recipe NAME. Flags override them.
 """
 
@@ -26,12 +27,14 @@ from timm.data import RealLabelsImagenet, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
+from timm.utils import ParseKwargs
 
 import container
 from container.container import from_released, is_released
 from container.training import (
     HALF,
     Checkpoints,
+    Compute,
     Run,
     check_classes,
     create_datasets,
@@ -45,6 +48,16 @@ from container.training import (
 )
 
 RECIPES = Path(__file__).parent / "recipes"
+
+
+class Pairs(ParseKwargs):
+    """KEY=VALUE ..., as timm reads them."""
+
+    def __call__(self, parser: argparse.ArgumentParser, namespace: Any, values: Any, option: str | None = None) -> None:
+        """Refuses what is none, in one line."""
+        if odd := [value for value in values if not value.partition("=")[1]]:
+            parser.error(f"{option} {odd[0]} is not KEY=VALUE")
+        super().__call__(parser, namespace, values, option)
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -63,7 +76,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         choices=("auto", "force"),
         help="go on with the run in --output, if there is one; with other settings",
     )
-    run.add_argument("--save-steps", type=int, default=0, help="checkpoint every so many steps, besides every epoch")
+    run.add_argument("--save-minutes", type=float, default=10.0, help="checkpoint as often, besides every epoch")
+    run.add_argument("--save-steps", type=int, default=0, help="the same in steps")
+    run.add_argument("--log-steps", type=int, default=50, help="a line in steps.csv for so many steps")
     run.add_argument("--eval", action="store_true", help="evaluate --checkpoint or --pretrained weights, and stop")
     run.add_argument("--dry-run", action="store_true", help="print what the run would cost, and stop")
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
@@ -94,13 +109,17 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--model", help="a timm model name")
     model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
     model.add_argument("--checkpoint", help="start from the weights in this file")
+    model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more arguments: KEY=VALUE")
     model.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
     model.add_argument("--ema-decay", type=float, help="decay per step of averaged weights, kept and evaluated as well")
+    model.add_argument("--ema-warmup", action=switch, help="let that decay rise in the first steps")
     model.add_argument("--best", choices=("model", "ema"), help="whose accuracy says which weights are the best")
     model.add_argument("--teacher", help="a timm model to learn from as well")
     model.add_argument("--teacher-checkpoint", help="its weights, if not its pretrained ones")
     model.add_argument("--distill", type=float, default=0.5, help="share of the teacher in the loss")
-    optim = parser.add_argument_group("optimization (AdamW, cosine)")
+    optim = parser.add_argument_group("optimization (cosine)")
+    optim.add_argument("--opt", help="an optimizer of timm's")
+    optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more of its arguments: KEY=VALUE")
     optim.add_argument("--lr-base", type=float, help="learning rate for 512 images in a step, scaled linearly")
     optim.add_argument(
         "--layer-decay", type=float, help="factor on the learning rate for each layer from the head down"
@@ -110,6 +129,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--warmup-lr", type=float, help="learning rate of the first step")
     optim.add_argument("--min-lr", type=float, help="learning rate of the last step")
     optim.add_argument("--sched-on-updates", action=switch, help="new rate every step, not epoch")
+    optim.add_argument("--sched-lag", type=int, default=0, help="epochs by which the rate is behind its schedule")
     optim.add_argument("--clip-grad", type=float, help="largest norm of the gradient")
     optim.add_argument("--smoothing", type=float, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
@@ -155,7 +175,7 @@ def build_model(
     args: argparse.Namespace, num_classes: int, device: torch.device, class_names: list[str] | None = None
 ) -> torch.nn.Module:
     """The model with as many classes as the data, at the image size asked for, with the weights asked for."""
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(args.model_args)
     cfg = get_pretrained_cfg(args.model)
     if args.img_size is not None and cfg is not None and cfg.fixed_input_size:
         options["img_size"] = args.img_size  # others take any size, and some no such argument
@@ -234,7 +254,7 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
     else:
         task = ClassificationTask(model, criterion_kwargs=criterion, device=device, verbose=False)
     if args.ema_decay:
-        task.setup_ema(decay=args.ema_decay)
+        task.setup_ema(decay=args.ema_decay, use_warmup=args.ema_warmup)
     if args.compile:
         task.compile(backend=args.compile)
     if dist.get_world_size() > 1:
@@ -257,7 +277,9 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
         real = RealLabelsImagenet(files, args.real_labels)
     config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
     task = ClassificationTask(model, device=device, verbose=False)
-    metrics = evaluate(args, task, create_val_loader(dataset, config, args.batch_size, args.workers, device), real=real)
+    compute = Compute(device, args.amp, args.channels_last)
+    loader = create_val_loader(dataset, config, args.batch_size, args.workers, device)
+    metrics = evaluate(task, loader, compute, real=real)
     tell_unreadable(dataset, "does not count")
     if dist.get_rank() == 0:
         side = " x ".join(map(str, config["input_size"][1:]))

@@ -3,24 +3,26 @@
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, check_classes, create_datasets, open_validation
-from .distributed import StopSignal, agree, join_group
+from .distributed import Agreement, StopSignal, join_group
 from .loader import create_train_loader, create_val_loader, epoch_batches
+from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import estimate
 from .recipe import parse_with_recipe
 from .report import Report, describe_environment
-from .run import HALF, Run, evaluate, tell_unreadable
+from .run import Run, tell_unreadable
 from .seeding import seed_everything
 
 __all__ = [
     "HALF",
+    "Agreement",
     "Checkpoints",
+    "Compute",
     "Digits",
     "Images",
     "Progress",
     "Report",
     "Run",
     "StopSignal",
-    "agree",
     "check_classes",
     "create_datasets",
     "create_train_loader",
@@ -35,4 +37,5 @@ __all__ = [
     "plot_curves",
     "seed_everything",
     "tell_unreadable",
+    "train_one_epoch",
 ]

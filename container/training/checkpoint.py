@@ -1,10 +1,12 @@
 """Checkpoints of a run, and how far it has come."""
 
+import copy
 import hashlib
 import io
 import os
 import socket
 import sys
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -71,6 +73,8 @@ class Checkpoints:
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
         self.folder, self.keep = Path(folder), keep
+        self._thread = ThreadPoolExecutor(1)
+        self._writing: Future[Path] | None = None
 
     def paths(self) -> list[Path]:
         """The checkpoints, the newest first."""
@@ -99,6 +103,29 @@ class Checkpoints:
             old.unlink()
         return path
 
+    def begin(self, step: int, state: dict[str, Any]) -> None:
+        """Saves in a thread, from a copy in memory: training goes on meanwhile. One at a time.
+
+        Args:
+            step: Optimizer steps done.
+            state: Tensors and plain values.
+
+        Raises:
+            OSError: The one before could not be written.
+        """
+        self.finish()
+        self._writing = self._thread.submit(self.save, step, _copy(state))
+
+    def finish(self) -> None:
+        """Waits for what `begin` began.
+
+        Raises:
+            OSError: It could not be written.
+        """
+        writing, self._writing = self._writing, None
+        if writing is not None:
+            writing.result()
+
     def load(self) -> dict[str, Any] | None:
         """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and set aside.
 
@@ -116,6 +143,17 @@ class Checkpoints:
             path.rename(path.with_suffix(".damaged"))  # or it would outrank those of a run that begins anew
             print(f"{path} is damaged ({len(data)} bytes, wrong sha256): trying the one before", file=sys.stderr)
         return None
+
+
+def _copy(value: Any) -> Any:
+    """Tensors copied to the CPU, in dictionaries and lists of them."""
+    if isinstance(value, torch.Tensor):
+        return value.detach().to("cpu", copy=True)
+    if isinstance(value, dict):
+        copied = copy.copy(value)
+        copied.update({key: _copy(part) for key, part in value.items()})
+        return copied
+    return [_copy(part) for part in value] if isinstance(value, list) else value
 
 
 def _digest(data: bytes | memoryview) -> str:

@@ -5,14 +5,13 @@ import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
-from itertools import takewhile, zip_longest
+from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
 import torch
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_dataset
-from timm.data.auto_augment import NAME_TO_OP
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
 from timm.data.readers.reader_image_in_tar import ReaderImageInTar
@@ -21,7 +20,7 @@ from torch.utils.data import Dataset
 
 from container.images import to_rgb
 
-__all__ = ["Digits", "Images", "check_classes", "create_datasets", "open_validation"]
+__all__ = ["Digits", "Images", "check_classes", "create_datasets", "mend_posterize", "open_validation"]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
@@ -31,9 +30,17 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
-# RandAugment m9-mstd0.5-inc1, the released recipe, keeps no bit of one image in some hundreds. Pillow made it black
-# until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
-NAME_TO_OP.update(dict.fromkeys(("Posterize", "PosterizeIncreasing", "PosterizeOriginal"), _posterize))
+def mend_posterize(policy: Any) -> Any:
+    """Lets an auto-augment policy of timm keep no bit of an image, and returns it.
+
+    RandAugment m9-mstd0.5-inc1, the released recipe, does so with one image in some hundreds. Pillow made it black
+    until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
+    """
+    for operation in [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]:
+        if operation.name.startswith("Posterize"):
+            operation.aug_fn = _posterize
+    return policy
+
 
 _TRAIN_NAMES = ("train",)
 _VAL_NAMES = ("val", "validation", "test")
@@ -187,6 +194,7 @@ class Images(ImageDataset):
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
+        self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # an epoch has millions of steps x images
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
         self.classes = sorted(by_index, key=by_index.__getitem__)
         others: Any = getattr(self.reader, "left_out", Counter())
@@ -206,6 +214,7 @@ class Images(ImageDataset):
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True
+                self._news.fill_(True)  # after it: who sees this, sees that
         else:
             raise OSError(f"{_TRIES} images in a row cannot be read, the last is {self.filename(candidate)}")
         if candidate != index and not self.train:
@@ -218,12 +227,27 @@ class Images(ImageDataset):
         Raises:
             ValueError: All noted are more than 1 % of the images, and more than 10.
         """
+        if not self._news:
+            return []
+        self._news.fill_(False)
         new = self.unreadable & ~self._told
         self._told |= new
         names = [self.filename(int(i)) for i in new.nonzero()]
-        if names and (count := int(self._told.sum())) > max(10, len(self) // 100):
-            raise ValueError(f"{count} of {len(self)} images cannot be read, the last is {names[-1]}")
+        self.check_unreadable(self._told)
         return names
+
+    def check_unreadable(self, flags: torch.Tensor) -> None:
+        """Refuses to go on without too many images.
+
+        Args:
+            flags: (images,), which ones cannot be read, as this process or all of them know.
+
+        Raises:
+            ValueError: They are more than 1 %, and more than 10.
+        """
+        if (count := int(flags.sum())) > max(10, len(self) // 100):
+            last = self.filename(int(flags.nonzero()[-1]))
+            raise ValueError(f"{count} of {len(self)} images cannot be read, {last} among them")
 
 
 def _split(root: Path, names: tuple[str, ...]) -> Path:

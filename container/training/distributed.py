@@ -7,8 +7,9 @@ from types import FrameType
 
 import torch
 import torch.distributed as dist
+from timm.utils.distributed import world_info_from_env
 
-__all__ = ["SIGNALS", "StopSignal", "agree", "join_group"]
+__all__ = ["SIGNALS", "Agreement", "StopSignal", "join_group"]
 
 SIGNALS = [
     getattr(signal, name)
@@ -18,43 +19,79 @@ SIGNALS = [
 
 
 def join_group(device: str) -> torch.device:
-    """Joins the group of processes that torchrun started; a process that was started alone is a group of one.
+    """Joins the processes of torchrun, srun or mpirun; a process that was started alone is a group of one.
 
-    So samplers, repeated augmentation among them, need no second way for a single process.
+    So samplers, repeated augmentation among them, need no second way for a single process. On GPUs cuDNN measures which
+    of its kernels are the fastest, and products of float32 are computed in TF32.
 
     Args:
-        device: 'cpu', 'cuda' or 'cuda:N'; under torchrun each process takes the GPU of its local rank.
+        device: 'cpu', 'cuda' or 'cuda:N'; each process of several takes the GPU of its local rank.
 
     Returns:
         This process's device.
+
+    Raises:
+        KeyError, RuntimeError, ValueError: What the launcher says does not make a group.
     """
     target = torch.device(device)  # before anything is joined: it may be a name of none
-    if "RANK" not in os.environ:
-        dist.init_process_group("gloo", store=dist.HashStore(), rank=0, world_size=1)
-        return target
-    if device.startswith("cuda"):
-        device = f"cuda:{os.environ['LOCAL_RANK']}"
-        torch.cuda.set_device(device)
-    dist.init_process_group("nccl" if device.startswith("cuda") else "gloo")
-    return torch.device(device)
+    local, rank, world = _place()
+    if target.type == "cuda":
+        torch.backends.cudnn.benchmark = True
+        torch.set_float32_matmul_precision("high")
+        if world > 1:
+            target = torch.device("cuda", local)
+            torch.cuda.set_device(target)
+    if world == 1:
+        dist.init_process_group("gloo", store=dist.HashStore(), rank=rank, world_size=1)
+    elif target.type == "cuda":
+        dist.init_process_group("nccl", rank=rank, world_size=world, device_id=target)
+    else:
+        dist.init_process_group("gloo", rank=rank, world_size=world)
+    return target
 
 
-def agree(loss: torch.Tensor, norm: torch.Tensor, stop: bool) -> tuple[float, float, bool]:
-    """What all processes go by in a step, so that none does otherwise than the others, or leaves them waiting.
+def _place() -> tuple[int, int, int]:
+    """Local rank, rank and number of processes, by the variables of torchrun, srun or mpirun."""
+    if "RANK" in os.environ:  # where there is no local rank, as under Kubernetes, a process has one GPU
+        return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
+    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
+        return 0, 0, 1  # a job's script itself, or a shell of salloc: srun starts the others, if anybody does
+    local, rank, world = world_info_from_env()
+    if world > 1 and "MASTER_ADDR" not in os.environ:
+        beside = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS"))
+        if int(beside or world) < world or int(os.environ.get("SLURM_NNODES", 1)) > 1:
+            raise ValueError(f"{world} processes on several machines: set MASTER_ADDR and MASTER_PORT, or use torchrun")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
+    return local, rank, world
+
+
+class Agreement:
+    """What all processes go by after a step, so that none does otherwise than the others, or leaves them waiting.
+
+    It is on its way from the device: who reads it a step later does not wait.
 
     Args:
         loss: This process's, a scalar.
-        norm: Of this process's gradient, a scalar.
+        norm: Of the gradient, a scalar.
+        scale: Of the loss, a scalar.
         stop: Whether this process was told to stop.
-
-    Returns:
-        The mean loss and the mean norm (not finite if one is not), and whether any process was told to stop.
     """
-    values = torch.stack([v.detach().float() for v in (loss, norm, torch.full_like(loss, stop))])
-    if dist.get_world_size() > 1:
-        dist.all_reduce(values)
-    mean_loss, mean_norm, stops = (values / dist.get_world_size()).tolist()
-    return mean_loss, mean_norm, stops > 0
+
+    def __init__(self, loss: torch.Tensor, norm: torch.Tensor, scale: torch.Tensor, stop: bool) -> None:
+        values = torch.stack([v.detach().float() for v in (loss, norm, scale, torch.full_like(loss, stop))])
+        if dist.get_world_size() > 1:
+            dist.all_reduce(values)
+        self._values = torch.empty(values.shape, pin_memory=values.is_cuda).copy_(values, non_blocking=True)
+        self._ready = torch.cuda.current_stream().record_event() if values.is_cuda else None
+
+    def read(self) -> tuple[float, float, float, bool]:
+        """The mean loss, the norm and the scale (not finite if one is not), and whether any was told to stop."""
+        if self._ready is not None:
+            self._ready.synchronize()
+        loss, norm, scale, stops = self._values.tolist()
+        world = dist.get_world_size()
+        return loss / world, norm / world, scale / world, stops > 0
 
 
 class StopSignal:

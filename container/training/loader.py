@@ -18,10 +18,11 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from .data import mend_posterize
 from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
 
-__all__ = ["create_train_loader", "create_val_loader", "epoch_batches"]
+__all__ = ["create_train_loader", "create_val_loader", "epoch_batches", "growing"]
 
 
 def _shield(worker: int) -> None:
@@ -111,6 +112,8 @@ def create_train_loader(
         interpolation=config["interpolation"],
         **augmentation,
     )
+    for part in dataset.transform.transforms:
+        mend_posterize(part)
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
@@ -132,7 +135,12 @@ def create_train_loader(
 
 
 def create_val_loader(
-    dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device
+    dataset: Any,
+    config: dict[str, Any],
+    batch_size: int,
+    workers: int,
+    device: torch.device,
+    persistent: bool = False,
 ) -> PrefetchLoader:
     """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
 
@@ -142,6 +150,7 @@ def create_val_loader(
         batch_size: Images of this process.
         workers: Processes that load.
         device: Where images are moved to and normalized.
+        persistent: Whether the workers stay for the next pass.
     """
     dataset.transform = create_transform(
         config["input_size"],
@@ -153,7 +162,30 @@ def create_val_loader(
     if isinstance(dataset, IterableImageDataset):
         dataset.set_loader_cfg(num_workers=workers)
         return _prefetch(dataset, config, batch_size, workers, device)
-    return _prefetch(dataset, config, batch_size, workers, device, sampler=OrderedDistributedSampler(dataset))
+    sampler = OrderedDistributedSampler(dataset)
+    return _prefetch(
+        dataset, config, batch_size, workers, device, sampler=sampler, persistent_workers=persistent and workers > 0
+    )
+
+
+def growing(start: int, end: int, epochs: int) -> list[int]:
+    """Side of the images in each epoch: from `start` to `end` in multiples of 32, both exactly.
+
+    Args:
+        start: Of the first epoch.
+        end: Of the last one, and of a single one.
+        epochs: How many there are.
+
+    Raises:
+        ValueError: `start` is larger than `end`.
+    """
+    if start > end:
+        raise ValueError(f"--start-size {start} is larger than the model's images, {end}: images cannot shrink")
+    even = [start + (end - start) * epoch / max(epochs - 1, 1) for epoch in range(epochs)]
+    sizes = [min(max(round(size / 32) * 32, start), end) for size in even]
+    sizes[0] = start
+    sizes[-1] = end
+    return sizes
 
 
 def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[Any]:

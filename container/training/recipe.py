@@ -44,5 +44,7 @@ def parse_with_recipe(
         if isinstance(value, bool):
             flags += [flag] if value else [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
         elif value is not None:
+            if isinstance(value, dict):
+                value = [f"{name}={part}" for name, part in value.items()]
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     return parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])

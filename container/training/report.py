@@ -3,8 +3,10 @@
 import csv
 import io
 import json
+import math
 import os
 import platform
+import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -20,7 +22,7 @@ from container.files import write_atomically
 
 from .curves import plot_curves
 
-__all__ = ["Report", "describe_environment"]
+__all__ = ["Report", "StepLog", "describe_environment"]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -55,10 +57,8 @@ class Report:
     """
 
     def __init__(self, folder: Path, first: int) -> None:
-        from torch.utils.tensorboard import SummaryWriter
-
         self.folder = folder
-        self.events = SummaryWriter(str(folder / "tensorboard"), purge_step=first)
+        self.events = _events(folder / "tensorboard", first)
 
     def write(self, history: list[dict[str, float]], summary: dict[str, Any]) -> None:
         """Writes everything, each file whole or not at all.
@@ -85,6 +85,76 @@ class Report:
     def close(self) -> None:
         """Ends the events."""
         self.events.close()
+
+
+class StepLog:
+    """Keeps `steps.csv` and TensorBoard's `steps`: a line for every so many steps.
+
+    Means over these steps of `loss`, and of `grad_norm` where it is finite; `images_per_second` and the share
+    `data_wait` of the time; `lr` and `loss_scale` of the last; `skipped` since the start of the run; `memory_gib`, the
+    peak of the GPU, or of this process on a CPU.
+
+    Args:
+        folder: The run's.
+        first: Steps done; lines of later ones, which an interrupted run may have left, go.
+        images: Of a step.
+        every: So many steps.
+    """
+
+    COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"]
+    COLUMNS += ["images_per_second", "data_wait", "memory_gib"]
+
+    def __init__(self, folder: Path, first: int, images: int, every: int) -> None:
+        self.images, self.every, self.steps = images, every, list[dict[str, float]]()
+        self.file, lines = folder / "steps.csv", [",".join(self.COLUMNS)]
+        if self.file.exists():
+            whole = [line.split(",") for line in self.file.read_text().splitlines()[1:]]
+            lines += [",".join(w) for w in whole if len(w) == len(self.COLUMNS) and w[-1] and int(w[0]) <= first]
+        write_atomically(self.file, "".join(f"{line}\n" for line in lines).encode())
+        self.events = _events(folder / "tensorboard" / "steps", first + 1)
+
+    def add(self, **numbers: float) -> None:
+        """Notes a step; writes a line if it is time.
+
+        Args:
+            numbers: `step`, `epoch`, `loss`, `lr`, `grad_norm`, `loss_scale`, `skipped`, and of the step alone
+                `seconds` and `wait`, the part of them spent waiting for data.
+
+        Raises:
+            OSError: It cannot be written.
+        """
+        self.steps.append(numbers)
+        if numbers["step"] % self.every:
+            return
+        seconds = sum(one["seconds"] for one in self.steps)
+        row = {key: numbers[key] for key in self.COLUMNS if key in numbers}
+        for key in ("loss", "grad_norm"):
+            finite = [one[key] for one in self.steps if math.isfinite(one[key])]
+            row[key] = sum(finite) / max(1, len(finite))
+        row["images_per_second"] = self.images * len(self.steps) / seconds
+        row["data_wait"] = sum(one["wait"] for one in self.steps) / seconds
+        row["memory_gib"] = _peak_memory() / 2**30
+        with self.file.open("a") as file:
+            file.write(
+                ",".join(f"{row[key]:.6g}" if isinstance(row[key], float) else str(row[key]) for key in row) + "\n"
+            )
+        for key in self.COLUMNS[2:]:
+            self.events.add_scalar(key, row[key], row["step"])
+        self.events.flush()
+        self.steps.clear()
+
+
+def _events(folder: Path, first: int) -> Any:
+    from torch.utils.tensorboard import SummaryWriter
+
+    return SummaryWriter(str(folder), purge_step=first)
+
+
+def _peak_memory() -> int:
+    """Bytes."""
+    if torch.cuda.is_initialized():
+        return torch.cuda.max_memory_allocated()
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 
 def _cpu() -> str:

@@ -14,10 +14,11 @@ import numpy as np
 import pytest
 from conftest import ROOT
 from PIL import Image
-from timm.data.auto_augment import AugmentOp, rand_augment_transform
+from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transform
 from torchvision.datasets import CIFAR10
 
 from container.training import Digits, Images, check_classes, create_datasets, open_validation
+from container.training.data import mend_posterize
 
 # timm's tar reader and Hugging Face's cache leave closing their files to the garbage collector.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -59,14 +60,15 @@ def test_folder(tmp_path, validation):
 @pytest.mark.parametrize("magnitude", [0, 2, 9, 10])
 def test_posterize_takes_every_magnitude(operation, magnitude):
     pixels = np.random.randint(0, 256, (8, 8, 3), dtype=np.uint8)
-    result = np.asarray(AugmentOp(operation, prob=1, magnitude=magnitude)(Image.fromarray(pixels)))
+    policy = mend_posterize(RandAugment([AugmentOp(operation, prob=1, magnitude=magnitude)], num_layers=1))
+    result = np.asarray(policy(Image.fromarray(pixels)))
     kept = {"Posterize": magnitude * 4 // 10, "PosterizeIncreasing": 4 - magnitude * 4 // 10}
     bits = kept.get(operation, 4 + magnitude * 4 // 10)
     assert np.array_equal(result, pixels >> (8 - bits) << (8 - bits))
 
 
 def test_released_augmentation_takes_thousands_of_images():
-    augment = rand_augment_transform("rand-m9-mstd0.5-inc1", {})
+    augment = mend_posterize(rand_augment_transform("rand-m9-mstd0.5-inc1", {}))
     image = Image.fromarray(np.random.randint(0, 256, (8, 8, 3), dtype=np.uint8))
     for _ in range(5000):
         assert augment(image).size == (8, 8)

@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from timm.data import create_loader
 
-from container.training import Digits, StopSignal, agree, join_group
+from container.training import Agreement, Digits, StopSignal, join_group
 
 
 @pytest.fixture
@@ -38,9 +38,13 @@ def test_repeated_augmentation_covers_the_data_in_one_process(group):
     assert len(seen) == len(digits)
 
 
+def agree(loss, norm, stop):
+    return Agreement(loss, norm, torch.tensor(8.0), stop).read()
+
+
 def test_agreement_of_one(group):
-    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=False) == (2.5, 3.0, False)
-    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=True) == (2.5, 3.0, True)
+    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=False) == (2.5, 3.0, 8.0, False)
+    assert agree(torch.tensor(2.5), torch.tensor(3.0), stop=True) == (2.5, 3.0, 8.0, True)
 
 
 def _vote(rank, path, queue):
@@ -67,8 +71,51 @@ def test_agreement_of_two(tmp_path):
     for process in processes:
         process.join()
     for answer in answers.values():
-        assert answer[:2] == [(1.5, 1.0, False), (1.0, 1.0, True)]
-        assert answer[2][0] != answer[2][0] and answer[3] == (1.0, float("inf"), False)
+        assert answer[:2] == [(1.5, 1.0, 8.0, False), (1.0, 1.0, 8.0, True)]
+        assert answer[2][0] != answer[2][0] and answer[3] == (1.0, float("inf"), 8.0, False)
+
+
+LAUNCHERS = {
+    "srun": ("SLURM_PROCID", "SLURM_LOCALID", "SLURM_NTASKS", dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0")),
+    "mpirun": (
+        *("OMPI_COMM_WORLD_RANK", "OMPI_COMM_WORLD_LOCAL_RANK", "OMPI_COMM_WORLD_SIZE"),
+        dict(OMPI_COMM_WORLD_LOCAL_SIZE="2", MASTER_PORT="29611"),
+    ),
+    "others": ("RANK", "NONE", "WORLD_SIZE", dict(MASTER_ADDR="127.0.0.1", MASTER_PORT="29612")),
+}
+
+
+def _join(rank, launcher, queue):
+    rank_name, local, world, more = LAUNCHERS[launcher]
+    os.environ.update({rank_name: str(rank), local: str(rank), world: "2"}, **more)
+    join_group("cpu")
+    total = torch.ones(1)
+    dist.all_reduce(total)
+    queue.put((dist.get_rank(), dist.get_world_size(), total.item()))
+    dist.destroy_process_group()
+
+
+@pytest.mark.parametrize("launcher", LAUNCHERS)
+def test_two_processes_of_any_launcher_are_one_group(launcher):
+    context = torch.multiprocessing.get_context("fork")
+    queue = context.SimpleQueue()
+    processes = [context.Process(target=_join, args=(rank, launcher, queue)) for rank in range(2)]
+    for process in processes:
+        process.start()
+    assert sorted(queue.get() for _ in processes) == [(0, 2, 2.0), (1, 2, 2.0)]
+    for process in processes:
+        process.join()
+
+
+def test_what_makes_no_group_is_refused(monkeypatch):
+    for name, value in dict(SLURM_PROCID="1", SLURM_NTASKS="8", SLURM_NNODES="2").items():
+        monkeypatch.setenv(name, value)
+    with pytest.raises(ValueError, match="8 processes on several machines: set MASTER_ADDR and MASTER_PORT"):
+        join_group("cpu")
+    monkeypatch.setenv("SLURM_JOB_ID", "7")  # the script of a job, whose environment says how many tasks it may start
+    join_group("cpu")
+    assert dist.get_world_size() == 1
+    dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("name", ["SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2"])

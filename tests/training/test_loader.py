@@ -14,6 +14,7 @@ import torch
 import torch.distributed as dist
 from PIL import Image
 from timm.data import create_loader, create_transform, resolve_model_data_config
+from timm.data.auto_augment import NAME_TO_OP
 from torch.utils.data import Dataset
 
 import container.training.loader
@@ -64,6 +65,19 @@ def test_batches_do_not_depend_on_workers_and_can_begin_anywhere():
     assert_equal(whole[4:], list(epoch_batches(with_workers, seed=1, epoch=3, first=4)))
     other = list(epoch_batches(alone, seed=1, epoch=4))
     assert not torch.equal(whole[0][0], other[0][0])
+
+
+@pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "augmix-m5-w4-d2"])
+def test_every_policy_may_keep_no_bit(policy):
+    """Pillow 13 refuses that, and timm's policies ask for it; timm's own operations stay as they are."""
+    dataset = small(Digits(train=True))
+    create_train_loader(dataset, CONFIG, AUGMENTATION | dict(auto_augment=policy), 0, 8, 0, seed=1, device=CPU)
+    parts = [part for part in dataset.transform.transforms if hasattr(part, "ops") or hasattr(part, "policy")]
+    operations = [*getattr(parts[0], "ops", [])] + [op for some in getattr(parts[0], "policy", []) for op in some]
+    found = [operation.aug_fn for operation in operations if operation.name.startswith("Posterize")]
+    picture = Image.new("RGB", (4, 4), (255, 255, 255))
+    assert found and all(np.asarray(function(picture, 0)).max() == 0 for function in found)
+    assert not set(found) & set(NAME_TO_OP.values())
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)

@@ -1,0 +1,156 @@
+"""The loop: an epoch of training, and an evaluation."""
+
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.distributed as dist
+from timm.data import RealLabelsImagenet
+from timm.task.evaluator import evaluation_sample_limit
+from timm.task.task import TrainingTask
+from timm.utils import unwrap_model
+
+from .seeding import seed_everything
+
+__all__ = ["HALF", "Compute", "StoppedError", "evaluate", "train_one_epoch"]
+
+HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
+
+
+class StoppedError(Exception):
+    """An evaluation was left before its end."""
+
+
+@dataclass(frozen=True)
+class Compute:
+    """How a model computes: on which device, in which type beside float32, in which memory layout."""
+
+    device: torch.device
+    amp: str = "none"
+    channels_last: bool = False
+
+    def autocast(self) -> torch.autocast:
+        """The context to compute in."""
+        return torch.autocast(self.device.type, HALF.get(self.amp, torch.bfloat16), enabled=self.amp in HALF)
+
+    def layout(self, images: torch.Tensor) -> torch.Tensor:
+        """Images in the layout to compute in."""
+        return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
+
+    def scaler(self) -> torch.amp.GradScaler:
+        """Scales the loss of float16, and makes an optimizer leave out steps whose gradient is not finite.
+
+        Other types have the range that they need, and keep a scale of 1.
+        """
+        return torch.amp.GradScaler(self.device.type, init_scale=2.0**16 if self.amp == "float16" else 1.0)
+
+
+def train_one_epoch(
+    task: TrainingTask,
+    batches: Iterator[tuple[torch.Tensor, torch.Tensor]],
+    optimizer: torch.optim.Optimizer,
+    scheduler: Any,
+    scaler: torch.amp.GradScaler,
+    compute: Compute,
+    prepare: Callable[[torch.Tensor, torch.Tensor], tuple[torch.Tensor, torch.Tensor]],
+    after_step: Callable[[torch.Tensor, torch.Tensor, float], None],
+    steps: range,
+    accum: int = 1,
+    clip_grad: float | None = None,
+    seed: int = 0,
+) -> None:
+    """Trains for an epoch, or for what is left of one. Nothing in it waits for the GPU.
+
+    Args:
+        task: The model and its loss.
+        batches: Images and targets, `accum` of them a step.
+        optimizer: Leaves out, by the scaler, a step whose gradient is not finite on any process.
+        scheduler: timm's.
+        scaler: Of `compute`.
+        compute: Type and layout.
+        prepare: What is done to a batch on the device: erasing, mixing.
+        after_step: Is given the loss, this process's mean over the step, the norm of the gradient before it was
+            clipped, which is the same on all processes, and the highest learning rate of a layer. May end the epoch
+            by an exception.
+        steps: Numbers of the optimizer steps, counted from the start of the run.
+        accum: Passes in a step.
+        clip_grad: Largest norm of the gradient.
+        seed: The run's; with the number of a pass and the rank it determines all that is drawn.
+    """
+    task.train()
+    for step in steps:
+        lr, loss = max(group["lr"] for group in optimizer.param_groups), torch.zeros((), device=task.device)
+        for i in range(accum):
+            images, targets = next(batches)
+            seed_everything(seed, step * accum + i, dist.get_rank(), 1)
+            images, targets = prepare(images, targets)
+            with nullcontext() if i + 1 == accum else task.no_sync():
+                with compute.autocast():
+                    part = task(compute.layout(images), targets)["loss"] / accum
+                scaler.scale(part).backward()
+            loss += part.detach()
+        scaler.unscale_(optimizer)
+        parameters = [p for p in task.get_clip_parameters() if p.grad is not None]
+        norm = torch.nn.utils.get_total_norm([p.grad for p in parameters if p.grad is not None])
+        if clip_grad is not None:
+            torch.nn.utils.clip_grads_with_norm_(parameters, clip_grad, norm)
+        scaler.step(optimizer)
+        scaler.update(None if compute.amp == "float16" else 1.0)
+        optimizer.zero_grad()
+        task.update_ema(step=step)
+        scheduler.step_update(step + 1)
+        after_step(loss, norm, lr)
+
+
+@torch.inference_mode()
+def evaluate(
+    task: TrainingTask,
+    loader: Any,
+    compute: Compute,
+    real: RealLabelsImagenet | None = None,
+    stop: Callable[[], bool] = lambda: False,
+) -> dict[str, float]:
+    """Loss, top-1 and top-5 (in percent) over the validation data, and how many `images` counted.
+
+    Averaged weights, where the task has them, are evaluated on the same batches: `ema_loss`, `ema_top1`, `ema_top5`.
+
+    Args:
+        task: The model's.
+        loader: Of the validation data. Images of class -1 do not count.
+        compute: Type and layout.
+        real: Is given all predictions, in the order of the data.
+        stop: Asked now and then, on all processes at once, whether to leave it at that.
+
+    Raises:
+        StoppedError: `stop` said so.
+    """
+    task.eval()
+    # Every process has its own share, and DDP nothing to do.
+    models: dict[str, Any] = {"": unwrap_model(task.get_eval_model())}
+    if task.has_ema():
+        models["ema_"] = unwrap_model(task.get_eval_model(ema=True))
+    evaluators = {prefix: task.create_evaluator() for prefix in models}
+    left = evaluation_sample_limit(loader)  # what comes after pads the last batch
+    for i, (images, targets) in enumerate(loader):
+        if left is not None and i % 10 == 0 and stop():  # processes have as many batches, but of streams
+            raise StoppedError
+        targets = targets[:left]
+        count = targets >= 0
+        for prefix, model in models.items():
+            with compute.autocast():
+                logits = model(compute.layout(images))[: len(targets)].float()
+            if real is not None and not prefix:
+                real.add_result(logits)
+            evaluators[prefix].update(logits[count], targets[count])
+        left = None if left is None else left - len(targets)
+    found: dict[str, float] = {}
+    for prefix, evaluator in evaluators.items():
+        found |= {
+            prefix + key: value for key, value in evaluator.compute(distributed=dist.get_world_size() > 1).items()
+        }
+    counted = evaluators[""].counts[0].clone()
+    if dist.get_world_size() > 1:
+        dist.all_reduce(counted)
+    return {**found, "images": int(counted)}
