@@ -7,7 +7,8 @@
     python train_imagenet.py --data-dir imagenet --eval --checkpoint run/model_best.safetensors
 
 The loop is `train_one_epoch` in container/training/loop.py; `Run` in run.py beside it saves, evaluates and reports.
-Settings come from recipes/NAME.yaml: `digits` without data, else `paper`, or --recipe NAME. Flags override them.
+Settings come from container/training/recipes/NAME.yaml: `digits` without data, else `paper`, or --recipe NAME. Flags
+override them.
 """
 
 import argparse
@@ -27,9 +28,9 @@ from timm.data import RealLabelsImagenet, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
-from timm.utils import ParseKwargs
+from timm.utils import ParseKwargs, freeze
 
-import container
+import container.training
 from container.container import from_released, is_released
 from container.training import (
     HALF,
@@ -47,7 +48,7 @@ from container.training import (
     tell_unreadable,
 )
 
-RECIPES = Path(__file__).parent / "recipes"
+RECIPES = Path(container.training.__file__).parent / "recipes"
 
 
 class Pairs(ParseKwargs):
@@ -58,6 +59,10 @@ class Pairs(ParseKwargs):
         if odd := [value for value in values if not value.partition("=")[1]]:
             parser.error(f"{option} {odd[0]} is not KEY=VALUE")
         super().__call__(parser, namespace, values, option)
+        pairs = {
+            key: list(part) if isinstance(part, tuple) else part for key, part in getattr(namespace, self.dest).items()
+        }
+        setattr(namespace, self.dest, pairs)  # YAML has no tuples, and a run's settings are compared
 
 
 def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
@@ -69,7 +74,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
-    run.add_argument("--recipe", help="settings: a name in recipes/, or a file *.yaml")
+    run.add_argument("--recipe", help="settings: a name in container/training/recipes/, or a file *.yaml")
     run.add_argument("--output", default="output", help="new folder for all that a run leaves (-1, -2, ... if taken)")
     run.add_argument(
         "--resume",
@@ -80,7 +85,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run.add_argument("--save-steps", type=int, default=0, help="the same in steps")
     run.add_argument("--log-steps", type=int, default=50, help="a line in steps.csv for so many steps")
     run.add_argument("--eval", action="store_true", help="evaluate --checkpoint or --pretrained weights, and stop")
-    run.add_argument("--dry-run", action="store_true", help="print what the run would cost, and stop")
+    run.add_argument(
+        "--dry-run",
+        nargs="?",
+        type=int,
+        const=1,
+        default=0,
+        metavar="PROCESSES",
+        help="print what the run would cost with so many processes, on any --device, and stop",
+    )
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
     run.add_argument("--seed", type=int, default=0, help="of weights, shuffling and augmentation")
     run.add_argument("--epochs", type=int, help="passes over as many images as there are")
@@ -103,6 +116,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--num-classes", type=int, help="as many as there must be; WebDataset needs it")
     data.add_argument("--real-labels", help="JSON of ImageNet-ReaL: --eval scores by it, too")
     data.add_argument("--img-size", type=int, help="side of the images, if not the model's own")
+    data.add_argument(
+        "--crop-pct", type=float, help="share of an image's side that evaluation sees, if not the model's"
+    )
     data.add_argument("--start-size", type=int, help="side in the first epoch, from where it grows to the last")
     data.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loaders of data per process")
     model = parser.add_argument_group("model")
@@ -111,6 +127,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--checkpoint", help="start from the weights in this file")
     model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more arguments: KEY=VALUE")
     model.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
+    model.add_argument("--freeze", action=switch, help="train the classifier alone")
     model.add_argument("--ema-decay", type=float, help="decay per step of averaged weights, kept and evaluated as well")
     model.add_argument("--ema-warmup", action=switch, help="let that decay rise in the first steps")
     model.add_argument("--best", choices=("model", "ema"), help="whose accuracy says which weights are the best")
@@ -122,7 +139,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more of its arguments: KEY=VALUE")
     optim.add_argument("--lr-base", type=float, help="learning rate for 512 images in a step, scaled linearly")
     optim.add_argument(
-        "--layer-decay", type=float, help="factor on the learning rate for each layer from the head down"
+        "--layer-decay", type=float, help="factor on the learning rate for each stage from the head down"
     )
     optim.add_argument("--weight-decay", type=float, help="of what has two dimensions or more")
     optim.add_argument("--warmup-epochs", type=int, help="epochs of rising learning rate")
@@ -154,9 +171,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     args.compile = None if args.compile == "none" else args.compile
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
-    for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes"):
+    for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes", "log_steps"):
         if getattr(args, name) is not None and getattr(args, name) < 1:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
+    if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
+        parser.error(f"--layer-decay {args.layer_decay} is not in (0, 1]")
+    if args.start_size is not None and args.start_size < 32:
+        parser.error(f"--start-size {args.start_size} is less than 32 pixels, one token of the last stage")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd, but mixup and cutmix mix images in pairs")
     if args.best == "ema" and not args.ema_decay:
@@ -168,7 +189,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in filter(None, (args.model, args.teacher)):
         if not timm.is_model(name):
             parser.error(f"unknown model {name}; this package has {', '.join(timm.list_models('container*'))}")
+    if given.drop_path is None and args.drop_path and not _has_drop_path(args.model):
+        print(f"{args.model} has no stochastic depth: the recipe's drop_path {args.drop_path} is not used")
+        args.drop_path = 0.0
     return args
+
+
+def _has_drop_path(name: str) -> bool:
+    """Whether a model of timm's takes `drop_path_rate`; ResNets and transformers do, GhostNet and RepViT do not."""
+    try:
+        with torch.device("meta"):
+            timm.create_model(name, drop_path_rate=0.1)
+    except TypeError as error:
+        return "drop_path_rate" not in str(error)
+    return True
 
 
 def build_model(
@@ -204,7 +238,11 @@ def build_model(
     )
     if args.checkpoint:
         check_fit(args, create, classifier)
-    model = create(pretrained=args.pretrained or bool(args.checkpoint))
+    model: Any = create(pretrained=args.pretrained or bool(args.checkpoint))
+    if args.freeze:
+        freeze(model)
+        for parameter in model.get_classifier().parameters():
+            parameter.requires_grad = True
     model = model.to(device)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
@@ -275,7 +313,7 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
         if set(files := dataset.filenames(basename=True)) != names:
             raise ValueError(f"the images are not those of {args.real_labels} ({labels} labels)")
         real = RealLabelsImagenet(files, args.real_labels)
-    config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
+    config = resolve_model_data_config(model, args=dict(img_size=args.img_size, crop_pct=args.crop_pct))
     task = ClassificationTask(model, device=device, verbose=False)
     compute = Compute(device, args.amp, args.channels_last)
     loader = create_val_loader(dataset, config, args.batch_size, args.workers, device)
@@ -313,8 +351,8 @@ def main(argv: Sequence[str] | None = None) -> float:
     """
     args = parse_args(argv)
     with one_line(KeyError, RuntimeError, ValueError):
-        device = join_group(args.device)
-    args.device = str(device)
+        device = join_group("cpu" if args.dry_run else args.device)
+    args.device = args.device if args.dry_run else str(device)
     run = None
     try:
         with one_line(AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError):

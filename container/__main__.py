@@ -8,6 +8,7 @@ container weights fetch NAME [--yes]
 container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT] [--license ID] [--data TEXT]
 container weights export NAME FOLDER
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
+container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
 """
 
@@ -34,6 +35,9 @@ def main(argv: list[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     if argv[:1] == ["run"]:
         run(argv[1:])
+    elif argv[:1] == ["train"]:
+        sys.argv[:] = ["train_imagenet.py", *argv[1:]]
+        runpy.run_module("train_imagenet", run_name="__main__")
     elif argv and os.path.splitext(argv[0])[1] == ".py":
         run(argv)
     else:

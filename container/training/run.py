@@ -10,6 +10,7 @@ import time
 from collections.abc import Iterator
 from contextlib import suppress
 from dataclasses import asdict
+from functools import partial
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -20,7 +21,8 @@ from safetensors.torch import save
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
-from timm.optim import create_optimizer_v2
+from timm.models._hub import save_config_for_hf
+from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
 from timm.utils import distribute_bn, get_outdir, get_state_dict, unwrap_model
@@ -46,6 +48,37 @@ FREE |= {"compile", "channels_last"}  # how the same is computed
 FREE |= {"eval", "dry_run", "real_labels"}
 BAD_STEPS = 20  # in a row, without a finite gradient, end a run
 FUSED = ("adam", "adamw", "sgd")  # optimizers of torch that leave out a step without asking the GPU
+
+
+class _Stages(torch.nn.Module):
+    """A model whose layers, for timm's decay of the learning rate over layers, are its stages."""
+
+    def __init__(self, model: Any) -> None:
+        super().__init__()
+        self.model = [model]  # not a part of this one: its parameters keep their names
+
+    def group_matcher(self, coarse: bool) -> dict[str, Any]:
+        return self.model[0].group_matcher(coarse=True)
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        return self.model[0].named_parameters(*args, **kwargs)
+
+
+def groups_by_stage(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
+    """Groups of parameters whose learning rate falls by a factor for each stage from the head down.
+
+    Args:
+        model: timm's.
+        weight_decay: Of what has two dimensions or more, and the model does not exempt.
+        layer_decay: The factor.
+
+    Raises:
+        ValueError: The model does not say what its stages are.
+    """
+    if not hasattr(model, "group_matcher"):
+        raise ValueError(f"{type(model).__name__} does not say what its layers are: --layer-decay cannot be used")
+    exempt = model.no_weight_decay() if hasattr(model, "no_weight_decay") else ()
+    return param_groups_layer_decay(_Stages(model), weight_decay, exempt, layer_decay=layer_decay)
 
 
 def tell_unreadable(dataset: Any, fate: str) -> None:
@@ -74,28 +107,32 @@ class Run:
         self.args, self.rank, self.world = args, dist.get_rank(), dist.get_world_size()
         self.model, self.task, self.train_set, self.val_set = model, task, train_set, val_set
         self.compute = Compute(task.device, args.amp, args.channels_last)
-        self.config = resolve_model_data_config(model, args=dict(img_size=args.img_size))
+        self.config = resolve_model_data_config(model, args=dict(img_size=args.img_size, crop_pct=args.crop_pct))
         self.size = self.config["input_size"][-1]
         self.sizes = growing(args.start_size or self.size, self.size, args.epochs)
         if args.start_size is not None and model.pretrained_cfg.get("fixed_input_size"):
             raise ValueError(f"{args.model} is tied to one image size: images cannot grow from --start-size")
-        self.images = args.batch_size * args.grad_accum * self.world  # of a step
+        self.processes = max(self.world, args.dry_run)  # a plan may be for more than there are
+        self.images = args.batch_size * args.grad_accum * self.processes  # of a step
         self.loader, self.loader_size = self.train_loader(self.sizes[0]), self.sizes[0]
         self.val_loader = create_val_loader(
             val_set, self.config, args.batch_size, args.workers, task.device, persistent=True
         )
-        self.steps = len(self.loader) // args.grad_accum  # of an epoch
+        self.steps = len(self.loader) * self.world // (self.processes * args.grad_accum)  # of an epoch
         if self.steps == 0:
             raise ValueError(f"a step of {self.images} images for {len(train_set)} training images")
         self.lr, self.warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
 
+        by_stage = None
+        if args.layer_decay is not None:
+            by_stage = partial(groups_by_stage, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
         self.optimizer = create_optimizer_v2(
             self.model,
             opt=args.opt,
             lr=self.lr,
             weight_decay=args.weight_decay,
-            layer_decay=args.layer_decay,
+            param_group_fn=by_stage,
             **({"fused": True} if args.opt in FUSED else {}) | args.opt_args,
         )
         self.scheduler, _ = create_scheduler_v2(
@@ -138,17 +175,27 @@ class Run:
     def plan(self) -> str:
         """What the run is going to do, in some lines."""
         args, cost = self.args, self.cost
-        told = "".join(f"{part.left_out}\n" for part in (self.train_set, self.val_set) if getattr(part, "left_out", ""))
+        told = [f"{part.left_out}\n" for part in (self.train_set, self.val_set) if getattr(part, "left_out", "")]
+        if len(self.train_set) < 100_000 and args.epochs >= 100 and not (args.checkpoint or args.pretrained):
+            told.append(
+                f"{len(self.train_set)} images are few to learn from without trained weights: if there are any, "
+                "--recipe finetune with --checkpoint or --pretrained\n"
+            )
+        files = 4 * cost["params"] * (4 if args.ema_decay else 3) / 2**20
+        minutes = args.epochs * self.steps * self.images / 1000 / 60
+        length = f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min"
         return (
             f"{args.model} at {self.size} px: {cost['params'] / 1e6:.2f} M parameters, {cost['gmacs']:.3f} GMACs\n"
             f"{len(self.train_set)} images to train on, {len(self.val_set)} to validate on, "
             f"{self.model.num_classes} classes\n"
             f"recipe {args.recipe}: {args.epochs} epochs of {self.steps} steps of {self.images} images "
-            f"({self.world} x {args.batch_size} x {args.grad_accum})\n"
+            f"({self.processes} x {args.batch_size} x {args.grad_accum})\n"
             f"learning rate {args.warmup_lr:.1e} to {self.lr:.1e} in {self.warmup_epochs} epochs, "
             f"then to {args.min_lr:.1e}\n"
-            f"{told}"
-            f"on {self.task.device.type}, memory about {cost['gib']:.2f} GiB per process"
+            f"{''.join(told)}"
+            f"on {torch.device(args.device).type}, memory about {cost['gib']:.2f} GiB per process, "
+            f"{args.workers} loaders each\n"
+            f"checkpoints of {files:.0f} MiB, three of them for a moment; {length} at 1,000 images/s"
         )
 
     def train_loader(self, size: int) -> PrefetchLoader:
@@ -206,6 +253,9 @@ class Run:
             self.log = StepLog(self.output, self.done, self.images, self.args.log_steps)
             self.environment = describe_environment(self.task.device)
             write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(self.args)).encode())
+            # With the weights it is what timm's `local-dir:` reads.
+            names = dict(label_names=names) if (names := self.fixed["class_names"]) else {}
+            save_config_for_hf(self.model, str(self.output / "config.json"), names, None, self.config)
         return state is not None
 
     @property

@@ -1,10 +1,12 @@
 """Files that are there whole or not at all."""
 
 import pickle
+import threading
 
 import pytest
 import torch
 
+from container.files import write_atomically
 from container.training import Checkpoints, Progress
 from container.training.checkpoint import _digest
 
@@ -17,6 +19,31 @@ def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path):
     assert [path.name[:19] for path in checkpoints.paths()] == ["checkpoint-00000300", "checkpoint-00000020"]
     loaded = checkpoints.load()
     assert loaded["weights"].tolist() == [300] * 3 and loaded["progress"] == dict(history=[dict(loss=1.5)])
+
+
+def test_a_thread_writes_what_was_then(tmp_path, monkeypatch):
+    """Training goes on meanwhile, and changes the weights; one write at a time; what fails is told by the next call."""
+    checkpoints, go = Checkpoints(tmp_path), threading.Event()
+    monkeypatch.setattr(
+        "container.training.checkpoint.write_atomically", lambda *it: (go.wait(60), write_atomically(*it))
+    )
+    layer = torch.nn.Linear(2, 2)
+    optimizer = torch.optim.AdamW(layer.parameters())
+    before = layer.weight.detach().clone()
+    checkpoints.begin(1, dict(state_dict=layer.state_dict(), optimizer=optimizer.state_dict(), lists=[layer.weight]))
+    torch.nn.init.zeros_(layer.weight)
+    assert not checkpoints.paths()
+    go.set()
+    checkpoints.finish()
+    saved = checkpoints.load()
+    assert torch.equal(saved["state_dict"]["weight"], before) and torch.equal(saved["lists"][0], before)
+    (tmp_path / "gone").mkdir()
+    lost = Checkpoints(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    lost.begin(1, {})
+    with pytest.raises(FileNotFoundError):
+        lost.begin(2, {})
+    lost.finish()
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])

@@ -9,13 +9,14 @@ from conftest import ROOT
 from container.training import parse_with_recipe
 from train_imagenet import parse_args
 
-RECIPES = sorted(path.stem for path in (ROOT / "recipes").glob("*.yaml"))
+FOLDER = ROOT / "container" / "training" / "recipes"
+RECIPES = sorted(path.stem for path in FOLDER.glob("*.yaml"))
 
 
 @pytest.mark.parametrize("name", RECIPES)
 def test_every_recipe_sets_everything_and_its_head_says_what_it_is(name):
-    text = (ROOT / "recipes" / f"{name}.yaml").read_text()
-    paper = yaml.safe_load((ROOT / "recipes" / "paper.yaml").read_text())
+    text = (FOLDER / f"{name}.yaml").read_text()
+    paper = yaml.safe_load((FOLDER / "paper.yaml").read_text())
     assert set(paper) <= set(yaml.safe_load(text))
     for heading in ("command", "result", "hardware"):
         assert f"# {heading} " in text

@@ -7,12 +7,14 @@ import shutil
 import subprocess
 import sys
 
+import pytest
 import torch
 from conftest import ROOT
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import container
 from container.training import Report, describe_environment
+from container.training.report import StepLog
 
 ROW = dict(epoch=0, train_loss=2.0, eval_loss=1.9, eval_top1=30.0)
 
@@ -44,6 +46,30 @@ def test_environment(monkeypatch):
     assert environment["versions"]["torch"] == torch.__version__
     assert environment["hardware"]["cores"] == os.cpu_count() and environment["hardware"]["cpu"]
     assert json.loads(json.dumps(environment)) == environment
+
+
+def step(number, **other):
+    row = dict(step=number, epoch=0, loss=2.0 * number, lr=0.1, grad_norm=1.0, loss_scale=1.0, skipped=0)
+    return row | dict(seconds=0.5, wait=0.1) | other
+
+
+def test_steps_are_logged_and_those_that_are_done_again_are_not_there_twice(tmp_path):
+    log = StepLog(tmp_path, 0, images=8, every=2)
+    for number in range(1, 8):
+        log.add(**step(number, **(dict(grad_norm=float("inf"), skipped=1) if number == 4 else {})))
+    with (tmp_path / "steps.csv").open("a") as file:
+        file.write("8,0,1.5")  # cut, as by SIGKILL
+    log = StepLog(tmp_path, 4, images=8, every=2)  # goes on from a checkpoint of step 4
+    for number in (5, 6):
+        log.add(**step(number, loss=1.0))
+    with (tmp_path / "steps.csv").open() as file:
+        rows = [{key: float(value) for key, value in row.items()} for row in csv.DictReader(file)]
+    assert [row["step"] for row in rows] == [2, 4, 6] and [row["loss"] for row in rows] == [3, 7, 1]
+    assert rows[1]["grad_norm"] == 1 and rows[1]["skipped"] == 1
+    assert rows[0]["images_per_second"] == 16 and rows[0]["data_wait"] == pytest.approx(0.2)
+    assert 0.05 < rows[0]["memory_gib"] < 100
+    events = EventAccumulator(str(tmp_path / "tensorboard" / "steps")).Reload()
+    assert [(event.step, event.value) for event in events.Scalars("loss")] == [(2, 3), (4, 7), (6, 1)]
 
 
 def test_revision_is_this_project_s_or_none(tmp_path, monkeypatch):
