@@ -5,7 +5,9 @@ CONTAINER_TEST_DEVICE=cpu pytest -m gpu        the rehearsal: the same tests, sm
 """
 
 import csv
+import itertools
 import json
+import math
 import os
 import re
 import signal
@@ -16,13 +18,20 @@ import time
 import pytest
 import timm
 import torch
+import torch.distributed as dist
 import torch.nn.functional as F
 from conftest import ROOT, randomize
+from timm.data import Mixup
+from timm.data.random_erasing import RandomErasing
+from timm.optim import create_optimizer_v2
+from timm.scheduler import CosineLRScheduler
+from timm.task import ClassificationTask
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import container.fuse
 from benchmarks import measure
 from benchmarks.workers import descendants
+from container.training import Agreement, Compute, join_group, train_one_epoch
 from container.training.plan import estimate
 
 pytestmark = pytest.mark.gpu
@@ -234,6 +243,45 @@ def test_memory_at_detection_sizes(name, device, record):
     if device.type == "cuda":
         assert peaks[1] < 4.5 * peaks[0]  # four times the tokens
         assert peaks[1] < 16 * 2**30
+
+
+@pytest.mark.parametrize("amp", ["bfloat16", "float16"])
+def test_a_training_step_does_not_wait_for_the_gpu(device, amp):
+    """By torch's own watch, with erasing and mixing; what a step has brought is read a step later."""
+    join_group("cpu")  # of one: nothing is sent
+    tiny = TINY if NAME == "cpu" else {}
+    try:
+        network = timm.create_model("container_light_nano", num_classes=10, **tiny).to(device)
+        task = ClassificationTask(network, criterion_kwargs=dict(soft_targets=True), device=device, verbose=False)
+        task.setup_ema(decay=0.9)
+        compute = Compute(device, amp, channels_last=True)
+        optimizer = create_optimizer_v2(network, opt="adamw", lr=1e-3, weight_decay=0.05, fused=True)
+        scheduler, scaler = CosineLRScheduler(optimizer, 100, t_in_epochs=False), compute.scaler()
+        erase, mixup = RandomErasing(1.0, mode="pixel", device=device), Mixup(0.8, 1.0, num_classes=10)
+        batch = torch.randn(8, 3, 64, 64, device=device), torch.randint(0, 10, (8,), device=device)
+        pending, losses = [], []
+
+        def after_step(loss, norm, lr):
+            if pending:
+                losses.append(pending.pop().read()[0])
+            pending.append(Agreement(loss, norm, scaler.scale(torch.ones((), device=device)), False))
+
+        def train(steps):
+            def prepare(images, targets):
+                return mixup(erase(images.clone()), targets)
+
+            batches = itertools.repeat(batch)
+            train_one_epoch(task, batches, optimizer, scheduler, scaler, compute, prepare, after_step, steps, 2, 5.0)
+
+        train(range(3))  # kernels are loaded, and measured, by the first
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("error")
+        train(range(3, 8))
+        assert len(losses) == 7 and all(math.isfinite(loss) for loss in losses)
+    finally:
+        if device.type == "cuda":
+            torch.cuda.set_sync_debug_mode("default")
+        dist.destroy_process_group()
 
 
 @pytest.mark.parametrize("half", [False, True])

@@ -7,6 +7,7 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -103,7 +104,7 @@ def create_train_loader(
         device: Where images are moved to and normalized.
 
     Raises:
-        ValueError: Repeats of a stream.
+        ValueError: Repeats of a stream, or fewer shards than processes.
     """
     dataset.transform = create_transform(
         config["input_size"],
@@ -118,7 +119,10 @@ def create_train_loader(
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
         # New workers in each epoch, and never this process: they shuffle, by a seed that they have from the start.
-        workers = max(1, workers)
+        shards, world = len(dataset.reader.split_info.filenames), dist.get_world_size()
+        if shards < world:
+            raise ValueError(f"{shards} shards for {world} processes: each has to have one")
+        workers = min(max(1, workers), shards // world)  # a worker without a shard ends the run
         dataset.set_loader_cfg(num_workers=workers)
         return _prefetch(dataset, config, batch_size, workers, device, drop_last=True)
     sampler = RepeatAugSampler(dataset, num_repeats=repeats) if repeats else DistributedSampler(dataset)
@@ -160,6 +164,14 @@ def create_val_loader(
         crop_mode=config["crop_mode"],
     )
     if isinstance(dataset, IterableImageDataset):
+        # timm gives all processes as many images, some of them twice; here each reads its shards to their ends.
+        reader, rank, world = dataset.reader, dist.get_rank(), dist.get_world_size()
+        shards = reader.split_info.filenames[rank::world]
+        if not shards:
+            return _prefetch([], config, batch_size, 0, device)
+        reader.split_info = replace(reader.split_info, filenames=shards)
+        reader.dist_rank, reader.dist_num_replicas = 0, 1
+        workers = min(workers, len(shards))
         dataset.set_loader_cfg(num_workers=workers)
         return _prefetch(dataset, config, batch_size, workers, device)
     sampler = OrderedDistributedSampler(dataset)

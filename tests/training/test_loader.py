@@ -160,6 +160,32 @@ def test_a_stream_is_the_same_stream_again(shards, monkeypatch):
     assert not any(torch.equal(a, b) for (a, _), (b, _) in zip(whole, other))
 
 
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize("world", [1, 3, 5])
+def test_shards_are_validated_on_once_whatever_the_processes(shards, monkeypatch, world):
+    """Four shards of 16; a fifth process has none of them."""
+    seen = []
+    for rank in range(world):
+        _, val, _ = create_datasets(shards, "wds/", ("train", "train"), num_classes=2, batch_size=8)
+        with monkeypatch.context() as patch:
+            patch.setattr("container.training.loader.dist.get_rank", lambda rank=rank: rank)
+            patch.setattr("container.training.loader.dist.get_world_size", lambda: world)
+            seen += [len(targets) for _, targets in create_val_loader(val, CONFIG, 3, 8, CPU)]
+    assert sum(seen) == 64
+
+
+@pytest.mark.filterwarnings("ignore:This DataLoader will create:UserWarning")
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+def test_more_workers_than_shards(shards, monkeypatch):
+    train, _, _ = create_datasets(shards, "wds/", num_classes=2, batch_size=8)
+    stream = loader(8, train)
+    assert stream.loader.num_workers == 4 and len(list(epoch_batches(stream, seed=1, epoch=0))) == 8
+    monkeypatch.setattr("container.training.loader.dist.get_world_size", lambda: 5)
+    with pytest.raises(ValueError, match="4 shards for 5 processes: each has to have one"):
+        loader(1, train)
+
+
 @pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
 def test_a_class_out_of_range_is_named(shards):
     train, _, _ = create_datasets(shards, "wds/", num_classes=1, batch_size=8)
