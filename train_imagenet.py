@@ -83,6 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     run.add_argument("--save-minutes", type=float, default=10.0, help="checkpoint as often, besides every epoch")
     run.add_argument("--save-steps", type=int, default=0, help="the same in steps")
+    run.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
     run.add_argument("--log-steps", type=int, default=50, help="a line in steps.csv for so many steps")
     run.add_argument("--eval", action="store_true", help="evaluate --checkpoint or --pretrained weights, and stop")
     run.add_argument(

@@ -368,6 +368,22 @@ def test_a_model_without_stochastic_depth(capsys):
     assert not capsys.readouterr().out
 
 
+def test_wandb(here, tmp_path, monkeypatch):
+    """Its own client, which writes a file where there is no network; a run that goes on is the same run there."""
+    monkeypatch.setenv("WANDB_MODE", "offline")
+    monkeypatch.setenv("WANDB_SILENT", "true")
+    here("--wandb", "project", "--log-steps", "1", "--resume", "auto", *PLAIN)
+    here("--wandb", "project", "--epochs", "1", "--resume", "auto", *PLAIN)
+    files = list((tmp_path / "output" / "wandb").glob("offline-run-*/run-output-*.wandb"))
+    assert len(files) == 2 and len({path.name for path in files}) == 1
+    told = b"".join(path.read_bytes() for path in files)
+    for name in (b"steps/grad_norm", b"eval/top1", b"container_light_nano"):
+        assert name in told
+    monkeypatch.setitem(sys.modules, "wandb", None)
+    with pytest.raises(SystemExit, match="--wandb needs the client: pip install wandb"):
+        here("--wandb", "project")
+
+
 def test_a_run_s_folder_is_a_model_of_timm_s(here, folder, tmp_path, capsys):
     """With its classes, its image size, and what evaluation sees of an image."""
     here("--img-size", "64", "--crop-pct", "0.7", *PLAIN)

@@ -1,6 +1,7 @@
 """What a run leaves for people and programs to read."""
 
 import csv
+import hashlib
 import io
 import json
 import math
@@ -49,16 +50,33 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 class Report:
-    """Keeps `summary.csv`, `curves.png`, `summary.json` and TensorBoard's events of a run up to date.
+    """Keeps `summary.csv`, `curves.png`, `summary.json`, and the events of TensorBoard and W&B, of a run up to date.
 
     Args:
         folder: The run's.
         first: The epoch from which on TensorBoard shows what is written now; an interrupted run may have shown more.
+        wandb: A project of Weights & Biases, or None. A run that goes on goes on there.
+        settings: Of the run, for W&B.
+
+    Raises:
+        ImportError: wandb is not installed.
     """
 
-    def __init__(self, folder: Path, first: int) -> None:
+    def __init__(
+        self, folder: Path, first: int, wandb: str | None = None, settings: dict[str, Any] | None = None
+    ) -> None:
         self.folder = folder
         self.events = _events(folder / "tensorboard", first)
+        self.wandb: Any = None
+        if wandb is not None:
+            try:
+                import wandb as client
+            except ImportError as error:
+                raise ImportError("--wandb needs the client: pip install wandb") from error
+            name = f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
+            self.wandb = client.init(
+                project=wandb, dir=folder, id=name, name=folder.name, resume="allow", config=settings
+            )
 
     def write(self, history: list[dict[str, float]], summary: dict[str, Any]) -> None:
         """Writes everything, each file whole or not at all.
@@ -81,10 +99,14 @@ class Report:
             if name != "epoch":
                 self.events.add_scalar(name.replace("_", "/", 1), value, int(history[-1]["epoch"]))
         self.events.flush()
+        if self.wandb is not None:
+            self.wandb.log({name.replace("_", "/", 1): value for name, value in history[-1].items()})
 
     def close(self) -> None:
         """Ends the events."""
         self.events.close()
+        if self.wandb is not None:
+            self.wandb.finish()
 
 
 class StepLog:
@@ -99,13 +121,14 @@ class StepLog:
         first: Steps done; lines of later ones, which an interrupted run may have left, go.
         images: Of a step.
         every: So many steps.
+        wandb: A run of Weights & Biases that is told, too.
     """
 
     COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"]
     COLUMNS += ["images_per_second", "data_wait", "memory_gib"]
 
-    def __init__(self, folder: Path, first: int, images: int, every: int) -> None:
-        self.images, self.every, self.steps = images, every, list[dict[str, float]]()
+    def __init__(self, folder: Path, first: int, images: int, every: int, wandb: Any = None) -> None:
+        self.wandb, self.images, self.every, self.steps = wandb, images, every, list[dict[str, float]]()
         self.file, lines = folder / "steps.csv", [",".join(self.COLUMNS)]
         if self.file.exists():
             whole = [line.split(",") for line in self.file.read_text().splitlines()[1:]]
@@ -141,6 +164,8 @@ class StepLog:
         for key in self.COLUMNS[2:]:
             self.events.add_scalar(key, row[key], row["step"])
         self.events.flush()
+        if self.wandb is not None:
+            self.wandb.log({f"steps/{key}": value for key, value in row.items()})
         self.steps.clear()
 
 

@@ -249,8 +249,8 @@ class Run:
             self.progress = Progress(**state["progress"])
         if self.rank == 0:
             (self.output / "stopped").unlink(missing_ok=True)
-            self.report = Report(self.output, self.progress.epoch)
-            self.log = StepLog(self.output, self.done, self.images, self.args.log_steps)
+            self.report = Report(self.output, self.progress.epoch, self.args.wandb, vars(self.args))
+            self.log = StepLog(self.output, self.done, self.images, self.args.log_steps, self.report.wandb)
             self.environment = describe_environment(self.task.device)
             write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(self.args)).encode())
             # With the weights it is what timm's `local-dir:` reads.
@@ -527,5 +527,7 @@ class Run:
                 child.kill()
                 child.join()
             signal.signal(signal.SIGCHLD, before)
+        if self.report is not None:
+            self.report.close()
         if self.lock is not None:
             self.lock.release()
