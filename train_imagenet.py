@@ -333,10 +333,15 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
 
 @contextmanager
 def one_line(*errors: type[BaseException]) -> Iterator[None]:
-    """Ends the process with one line for errors that are the user's, or the machine's."""
+    """Ends the process with one line for errors that are the user's, or the machine's.
+
+    With CONTAINER_TRACEBACK=1 they say where they come from.
+    """
     try:
         yield
     except errors as error:
+        if os.environ.get("CONTAINER_TRACEBACK"):
+            raise
         lines = str(error).strip().splitlines() or [repr(error)]
         raise SystemExit(f"train_imagenet.py: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
 

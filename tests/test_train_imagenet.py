@@ -163,6 +163,19 @@ def test_averaged_weights_are_evaluated_and_saved(here, tmp_path):
     assert never["progress"]["best"] == rows(tmp_path / "never")[0]["eval_ema_top1"]
 
 
+def test_averages_warm_up(here):
+    """They follow the first weights, and do not remember the random ones."""
+    rate = ["--lr-base", "0.03", "--warmup-epochs", "0", "--sched-lag", "0"]
+    cold, warm = (
+        here(*PLAIN, "--ema-decay", "0.9999", "--epochs", "2", *rate, f"--{no}ema-warmup", output=f"{no}x")
+        for no in ("no-", "")
+    )
+    key = "head.fc.weight"
+    assert torch.equal(cold["state_dict"][key], warm["state_dict"][key])
+    distances = [(state["state_dict_ema"][key] - state["state_dict"][key]).norm() for state in (cold, warm)]
+    assert distances[1] < 0.5 * distances[0]
+
+
 def test_gradient_accumulation_is_the_large_batch(here):
     """Of a model without batch norm, which sees the images of one pass only."""
     model = (*PLAIN, "--model", "test_convnext", "--img-size", "64", "--clip-grad", "1")
@@ -835,6 +848,12 @@ def test_a_classifier_in_the_released_layout_is_evaluated(folder, tmp_path, caps
     arguments = ["--model", "container_light", "--checkpoint", str(tmp_path / "released.pth"), "--img-size", "32"]
     top1 = main(["--data-dir", str(folder), *SMALL, "--eval", *arguments])
     assert top1 == 50 and "loss 50.0000" in capsys.readouterr().out
+
+
+def test_where_a_mistake_was_made(here, monkeypatch):
+    monkeypatch.setenv("CONTAINER_TRACEBACK", "1")
+    with pytest.raises(AssertionError, match="Unknown AA policy nonsense"):
+        here("--aa", "nonsense")
 
 
 def test_a_mistake_ends_the_process_without_a_traceback(tmp_path):
