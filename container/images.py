@@ -3,9 +3,19 @@
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["to_rgb"]
+__all__ = ["check_shape", "to_rgb"]
 
 _LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
+
+
+def check_shape(image: Image.Image) -> None:
+    """Refuses a picture that is so long and thin that nobody can have meant it.
+
+    Raises:
+        ValueError: It is over 100 times as long as wide.
+    """
+    if max(image.size) > _LONGEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -20,8 +30,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: It has grey values whose scale is not known (32 bits, floats), or is over 100 times as long as wide.
     """
-    if max(image.size) > _LONGEST * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
+    check_shape(image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older Pillows open them
         image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))

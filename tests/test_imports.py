@@ -9,7 +9,19 @@ from conftest import ROOT
 # From the lowest up; a module may import those before it.
 ROOMS = ["files", "images", "affinity", "aggregation", "container", "weights", "fuse"]
 ROOMS += ["detection", "yolo", "figures", "zoo"]
-TRAINING = ["seeding", "distributed", "recipe", "curves", "data", "loader", "checkpoint", "plan", "report", "run"]
+TRAINING = [
+    "seeding",
+    "distributed",
+    "recipe",
+    "curves",
+    "data",
+    "tensor",
+    "loader",
+    "checkpoint",
+    "plan",
+    "report",
+    "run",
+]
 MODEL = ("affinity", "aggregation", "container")
 
 

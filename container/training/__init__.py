@@ -4,7 +4,7 @@ from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, check_classes, create_datasets, open_validation
 from .distributed import StopSignal, agree, join_group
-from .loader import create_train_loader, create_val_loader, epoch_batches
+from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .plan import estimate
 from .recipe import parse_with_recipe
 from .report import Report, describe_environment
@@ -20,11 +20,14 @@ __all__ = [
     "Report",
     "Run",
     "StopSignal",
+    "advice",
     "agree",
     "check_classes",
+    "cores",
     "create_datasets",
     "create_train_loader",
     "create_val_loader",
+    "default_workers",
     "describe_environment",
     "epoch_batches",
     "estimate",

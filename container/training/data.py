@@ -167,12 +167,17 @@ def open_tar(path: Path) -> ReaderImageInTar:
     return reader
 
 
+def _decode(file: Any) -> Image.Image:
+    return to_rgb(Image.open(file))
+
+
 class Images(ImageDataset):
     """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
 
     In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
     The notes are in shared memory, so that the workers that read write them for the process that trains. `classes` are
-    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix.
+    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix. `decode`
+    makes an image of an open file.
 
     Args:
         root: A folder of class folders, or a tar file; with a reader, as timm's.
@@ -185,6 +190,7 @@ class Images(ImageDataset):
         path = Path(root or "")
         super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
         self.train = train
+        self.decode: Callable[[Any], Any] = _decode
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
@@ -202,7 +208,7 @@ class Images(ImageDataset):
             try:
                 file, target = self.reader[candidate]
                 with file:
-                    image = to_rgb(Image.open(file))
+                    image = self.decode(file)
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True

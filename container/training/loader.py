@@ -7,6 +7,8 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -18,10 +20,50 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from .data import Images
 from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
+from .tensor import decode, tensor_transform
 
-__all__ = ["create_train_loader", "create_val_loader", "epoch_batches"]
+__all__ = ["advice", "cores", "create_train_loader", "create_val_loader", "default_workers", "epoch_batches"]
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_WAIT = 0.2  # share of the time above which waiting for data is worth a word
+_MOST = 16  # workers; each has its own copy of the list of files, and batches in /dev/shm
+
+
+def cores() -> int:
+    """Processor cores for this process: those that it may use, shared with the other processes of this machine.
+
+    `os.cpu_count()` would count cores that a scheduler or a container gave to others.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
+        quota, period = map(int, _CPU_MAX.read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_workers() -> int:
+    """Loaders of a process: one for each of its cores but its own, at least 1 and at most 16."""
+    return min(max(1, cores() - 1), _MOST)
+
+
+def advice(share: float, workers: int, loader: str = "pil") -> str:
+    """What to do about an epoch that waited for data, or '' if it hardly did.
+
+    Args:
+        share: Of the epoch's time.
+        workers: Loaders of this process.
+        loader: `--loader`.
+    """
+    if share <= _WAIT:
+        return ""
+    here = cores()
+    ways = [f"more --workers ({workers} of {here} cores used)"] if workers < here else []
+    ways += ["--loader tensor"] if loader == "pil" else []
+    ways += [f"{'or ' if ways else ''}images pre-resized"]
+    return f"data_wait {100 * share:.0f} %: {', '.join(ways)}"
 
 
 def _shield(worker: int) -> None:
@@ -88,6 +130,7 @@ def create_train_loader(
     workers: int,
     seed: int,
     device: torch.device,
+    loader: str = "pil",
 ) -> PrefetchLoader:
     """A loader as `timm.data.create_loader` makes it, but for seeds of samples instead of workers.
 
@@ -100,17 +143,24 @@ def create_train_loader(
         workers: Processes that load; what comes out does not depend on it, but for streams.
         seed: The run's.
         device: Where images are moved to and normalized.
+        loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same for an image; their
+            pixels differ by rounding.
 
     Raises:
-        ValueError: Repeats of a stream.
+        ValueError: Repeats of a stream; the tensor loader for data that is decoded elsewhere.
     """
-    dataset.transform = create_transform(
-        config["input_size"],
-        is_training=True,
-        use_prefetcher=True,
-        interpolation=config["interpolation"],
-        **augmentation,
-    )
+    if loader == "tensor":
+        if not isinstance(dataset, Images):
+            raise ValueError("--loader tensor reads folders, tar files and Hugging Face data: --loader pil")
+        dataset.decode, dataset.transform = decode, tensor_transform(config, augmentation)
+    else:
+        dataset.transform = create_transform(
+            config["input_size"],
+            is_training=True,
+            use_prefetcher=True,
+            interpolation=config["interpolation"],
+            **augmentation,
+        )
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
@@ -135,6 +185,8 @@ def create_val_loader(
     dataset: Any, config: dict[str, Any], batch_size: int, workers: int, device: torch.device
 ) -> PrefetchLoader:
     """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
+
+    Always by Pillow, whatever loads the training images, so that accuracies are comparable with timm's.
 
     Args:
         dataset: timm's, or any with a `transform`.

@@ -214,6 +214,7 @@ class Run:
             workers=args.workers,
             seed=args.seed,
             device=self.task.device,
+            loader=args.loader,
         )
 
     def open(self) -> bool:
