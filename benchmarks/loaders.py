@@ -3,7 +3,7 @@
     python -m benchmarks.loaders --photos DIR
 
 Counts processor time of this process, with one thread and no workers: what else the machine does matters little, and
-waiting for a disk not at all. Pipelines take turns. Both loaders draw the same crops and operations.
+waiting for a disk not at all. Both loaders draw the same crops and operations.
 """
 
 import argparse
@@ -18,7 +18,7 @@ import timm
 import torch
 import torchvision
 import yaml
-from PIL import Image, __version__, features
+from PIL import __version__, features
 from timm.data import create_transform
 from timm.data.loader import fast_collate
 from timm.data.readers.img_extensions import get_img_extensions
@@ -26,7 +26,7 @@ from torch.utils.data import Dataset
 
 from benchmarks.measure import device_name, environment, ratios, spread, table
 from container.files import write_atomically
-from container.images import to_rgb
+from container.images import open_rgb
 from container.training.seeding import SeededDataset
 from container.training.tensor import decode, tensor_transform
 
@@ -45,13 +45,14 @@ def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
     """
     recipe = yaml.safe_load(RECIPE.read_text())
     cfg = timm.get_pretrained_cfg(recipe["model"])
+    assert cfg is not None
     config = dict(input_size=(3, size, size), interpolation=cfg.interpolation)
     options: dict[str, Any] = dict(use_prefetcher=True, **config)
     policy = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=recipe["aa"])
     plain = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=None, color_jitter=None)
 
     def pil(transform: Pipeline) -> Pipeline:
-        return lambda file: transform(to_rgb(Image.open(file)))
+        return lambda file: transform(open_rgb(file))
 
     def tensor(transform: Pipeline) -> Pipeline:
         return lambda file: transform(decode(file))
@@ -82,26 +83,32 @@ class Photos(Dataset):
             return self.pipeline(file), 0
 
 
-def seconds_per_image(pipeline: Pipeline, paths: Sequence[Path], turn: int, batches: bool) -> float:
-    """Processor time an image, over all photos: seeding, reading, the pipeline, and making batches if asked to."""
-    dataset, start = SeededDataset(Photos(paths, pipeline)), time.process_time()
-    for first in range(0, len(paths), BATCH):
-        images = [dataset[i, (0, turn, i)] for i in range(first, min(first + BATCH, len(paths)))]
-        if batches:
-            fast_collate(images)
-    return (time.process_time() - start) / len(paths)
-
-
 def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Processor seconds an image, one number a round, of every pipeline and loader."""
-    works = [(name, loader, work) for name, ways in pipelines(size).items() for loader, work in ways.items()]
-    times: dict[str, dict[str, list[float]]] = {name: {} for name, _, _ in works}
-    for _, _, work in works:
-        seconds_per_image(work, paths[:BATCH], 0, False)  # to warm up
-    for turn in range(rounds):
-        start = turn % len(works)
-        for name, loader, work in works[start:] + works[:start]:
-            times[name].setdefault(loader, []).append(seconds_per_image(work, paths, turn, name != DECODING))
+    """Processor seconds an image, one number a round, of every pipeline and loader.
+
+    That is seeding, reading, the pipeline, and making batches. Pipelines take turns at every batch, and which one
+    begins changes: neighbours on the same core slow all of them down alike.
+    """
+    works = [
+        (name, loader, SeededDataset(Photos(paths, pipeline)))
+        for name, ways in pipelines(size).items()
+        for loader, pipeline in ways.items()
+    ]
+    times: dict[str, dict[str, list[float]]] = {}
+    for turn in range(rounds + 1):
+        sums = [0.0] * len(works)
+        for batch, first in enumerate(range(0, len(paths), BATCH)):
+            places = [(i, (0, turn, i)) for i in range(first, min(first + BATCH, len(paths)))]
+            for k in range(len(works)):
+                k = (k + turn + batch) % len(works)
+                start = time.process_time()
+                images = [works[k][2][place] for place in places]
+                if works[k][0] != DECODING:
+                    fast_collate(images)
+                sums[k] += time.process_time() - start
+        if turn:  # the first is there to warm up
+            for (name, loader, _), seconds in zip(works, sums, strict=True):
+                times.setdefault(name, {}).setdefault(loader, []).append(seconds / len(paths))
     return times
 
 
@@ -155,7 +162,7 @@ def find_photos(folder: Path, count: int) -> tuple[list[Path], dict[str, float]]
     for path in paths:
         try:
             with path.open("rb") as file:
-                image = to_rgb(Image.open(file))
+                image = open_rgb(file)
         except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
             raise SystemExit(f"benchmarks: {path} cannot be read: {error}") from error
         sums = [a + b for a, b in zip(sums, (*image.size, path.stat().st_size), strict=True)]

@@ -1,9 +1,11 @@
 """Pictures as people see them."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["check_shape", "to_rgb"]
+__all__ = ["check_shape", "open_rgb", "to_rgb"]
 
 _LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
 
@@ -37,3 +39,12 @@ def to_rgb(image: Image.Image) -> Image.Image:
     elif image.mode in ("I", "F"):
         raise ValueError(f"the scale of grey values of mode {image.mode} is not known")
     return image.convert("RGB")
+
+
+def open_rgb(file: Any) -> Image.Image:
+    """`to_rgb` of an open file.
+
+    Raises:
+        Exception: It is damaged: Pillow's decoders raise nearly anything.
+    """
+    return to_rgb(Image.open(file))

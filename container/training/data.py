@@ -19,7 +19,7 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from container.images import to_rgb
+from container.images import open_rgb
 
 __all__ = ["Digits", "Images", "check_classes", "create_datasets", "open_validation"]
 
@@ -167,10 +167,6 @@ def open_tar(path: Path) -> ReaderImageInTar:
     return reader
 
 
-def _decode(file: Any) -> Image.Image:
-    return to_rgb(Image.open(file))
-
-
 class Images(ImageDataset):
     """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
 
@@ -190,7 +186,7 @@ class Images(ImageDataset):
         path = Path(root or "")
         super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
         self.train = train
-        self.decode: Callable[[Any], Any] = _decode
+        self.decode: Callable[[Any], Any] = open_rgb
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})

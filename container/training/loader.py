@@ -20,6 +20,8 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
+from container.images import open_rgb
+
 from .data import Images
 from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
@@ -149,10 +151,12 @@ def create_train_loader(
     Raises:
         ValueError: Repeats of a stream; the tensor loader for data that is decoded elsewhere.
     """
+    if isinstance(dataset, Images):
+        dataset.decode = decode if loader == "tensor" else open_rgb
+    elif loader == "tensor":
+        raise ValueError("--loader tensor reads folders, tar files and Hugging Face data: --loader pil")
     if loader == "tensor":
-        if not isinstance(dataset, Images):
-            raise ValueError("--loader tensor reads folders, tar files and Hugging Face data: --loader pil")
-        dataset.decode, dataset.transform = decode, tensor_transform(config, augmentation)
+        dataset.transform = tensor_transform(config, augmentation)
     else:
         dataset.transform = create_transform(
             config["input_size"],

@@ -1,7 +1,6 @@
 """The way from a file to a training image with less of Pillow in it: torchvision decodes and crops."""
 
 import io
-import warnings
 from functools import partial
 from typing import Any, BinaryIO
 
@@ -18,9 +17,6 @@ from torchvision.transforms.v2.functional import resize
 from container.images import check_shape, to_rgb
 
 __all__ = ["decode", "tensor_transform"]
-
-# torchvision 0.29 announces the end of its decoders, at every use.
-warnings.filterwarnings("ignore", ".*decoding and encoding capabilities of TorchVision", DeprecationWarning)
 
 _ORIENTATION = 0x0112  # in EXIF
 
@@ -90,8 +86,9 @@ def tensor_transform(config: dict[str, Any], augmentation: dict[str, Any]) -> Co
         raise ValueError(f"torchvision {torchvision.__version__} decodes no JPEG: --loader pil")
     if config["interpolation"] not in ("bilinear", "bicubic"):
         raise ValueError(f"--loader tensor resizes bilinear or bicubic, not {config['interpolation']}: --loader pil")
-    before = dict(NAME_TO_OP)
-    NAME_TO_OP.update({name: partial(_move, name=name, op=before[name]) for name in _MOVES})
+    before: dict[str, Any] = dict(NAME_TO_OP)
+    moves: dict[str, Any] = {name: partial(_move, name=name, op=before[name]) for name in _MOVES}
+    NAME_TO_OP.update(moves)
     try:  # operations are looked up when a policy is made
         primary, secondary, _ = create_transform(
             config["input_size"],
@@ -132,7 +129,7 @@ def _move(image: Image.Image, amount: float, fillcolor: Any, resample: Any, name
 def _move_rows(image: Image.Image, shift: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
     """Moves each row to the left, bicubic as Pillow's `transform` (which has -1 for the cubic's free number).
 
-    Rounding differs from Pillow's by 1 in one value of some thousands.
+    Rounding differs from Pillow's by 1, in less than one value of 300.
 
     Args:
         image: RGB.
@@ -144,8 +141,9 @@ def _move_rows(image: Image.Image, shift: np.ndarray, fill: tuple[int, int, int]
     index = torch.from_numpy(np.arange(-1, width + 2) + whole.astype(np.int64)[:, None]).clamp_(0, width - 1)
     pixels = torch.frombuffer(bytearray(image.tobytes("raw", "RGBX")), dtype=torch.int32).view(height, width)
     taps = pixels.gather(1, index).view(torch.uint8).float()  # (height, 4 * (width + 3))
-    d = torch.from_numpy(shift - whole).float()[:, None]
-    weights = (d * (d * (2 - d) - 1), d * d * (d - 2) + 1, d * (d * (1 - d) + 1), d * d * (d - 1))
+    d = shift - whole
+    cubic = np.stack([d * (d * (2 - d) - 1), d * d * (d - 2) + 1, d * (d * (1 - d) + 1), d * d * (d - 1)])
+    weights = torch.from_numpy(cubic.astype(np.float32)[:, :, None])
     moved = taps[:, : 4 * width] * weights[0]
     for i in (1, 2, 3):
         moved.addcmul_(taps[:, 4 * i : 4 * (i + width)], weights[i])
