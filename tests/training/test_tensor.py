@@ -234,6 +234,15 @@ def test_a_move_is_timm_s(name, size):
             assert_close(np.asarray(ours), np.asarray(theirs), levels=1, mean=1 / 300)
 
 
+def test_moves_leave_plain_surfaces_as_they_are():
+    levels = Image.fromarray(np.repeat(np.arange(256, dtype=np.uint8), 90).reshape(256, 30, 3))
+    for pct in np.random.uniform(-0.4, 0.4, 20):
+        options = dict(fillcolor=(0, 0, 0), resample=Image.Resampling.BICUBIC)
+        theirs = NAME_TO_OP["TranslateXRel"](levels, pct, **options)
+        ours = _move(levels, pct, **options, name="TranslateXRel", op=None)
+        assert np.array_equal(np.asarray(ours), np.asarray(theirs))
+
+
 def test_the_moves_are_in_the_policy_and_nowhere_else():
     before = dict(NAME_TO_OP)
     transform = tensor_transform(CONFIG, dict(auto_augment=POLICY))
