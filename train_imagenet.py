@@ -40,6 +40,7 @@ from container.training import (
     check_classes,
     create_datasets,
     create_val_loader,
+    default_workers,
     evaluate,
     join_group,
     open_validation,
@@ -121,7 +122,19 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--crop-pct", type=float, help="share of an image's side that evaluation sees, if not the model's"
     )
     data.add_argument("--start-size", type=int, help="side in the first epoch, from where it grows to the last")
-    data.add_argument("--workers", type=int, default=min(8, os.cpu_count() or 1), help="loaders of data per process")
+    data.add_argument(
+        "--workers",
+        type=int,
+        default=default_workers(),
+        help="loaders of data per process; by default one for each core that the process may use, if it shares them "
+        "with the others here, less one to train on; 16 at most, as each takes memory for batches and a list of files",
+    )
+    data.add_argument(
+        "--loader",
+        choices=("pil", "tensor"),
+        default="pil",
+        help="what decodes and crops training images: Pillow, or torchvision, with less time an image",
+    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="a timm model name")
     model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")

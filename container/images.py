@@ -1,11 +1,23 @@
 """Pictures as people see them."""
 
+from typing import Any
+
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["to_rgb"]
+__all__ = ["check_shape", "open_rgb", "to_rgb"]
 
 _LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
+
+
+def check_shape(image: Image.Image) -> None:
+    """Refuses a picture that is so long and thin that nobody can have meant it.
+
+    Raises:
+        ValueError: It is over 100 times as long as wide.
+    """
+    if max(image.size) > _LONGEST * min(image.size):
+        raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
@@ -20,11 +32,19 @@ def to_rgb(image: Image.Image) -> Image.Image:
     Raises:
         ValueError: It has grey values whose scale is not known (32 bits, floats), or is over 100 times as long as wide.
     """
-    if max(image.size) > _LONGEST * min(image.size):
-        raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
+    check_shape(image)
     ImageOps.exif_transpose(image, in_place=True)
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older Pillows open them
         image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
     elif image.mode in ("I", "F"):
         raise ValueError(f"the scale of grey values of mode {image.mode} is not known")
     return image.convert("RGB")
+
+
+def open_rgb(file: Any) -> Image.Image:
+    """`to_rgb` of an open file.
+
+    Raises:
+        Exception: It is damaged: Pillow's decoders raise nearly anything.
+    """
+    return to_rgb(Image.open(file))

@@ -15,6 +15,7 @@ TRAINING = [
     "recipe",
     "curves",
     "data",
+    "tensor",
     "loader",
     "loop",
     "checkpoint",

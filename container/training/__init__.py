@@ -4,7 +4,7 @@ from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, check_classes, create_datasets, open_validation
 from .distributed import Agreement, StopSignal, join_group
-from .loader import create_train_loader, create_val_loader, epoch_batches
+from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import estimate
 from .recipe import parse_with_recipe
@@ -23,10 +23,13 @@ __all__ = [
     "Report",
     "Run",
     "StopSignal",
+    "advice",
     "check_classes",
+    "cores",
     "create_datasets",
     "create_train_loader",
     "create_val_loader",
+    "default_workers",
     "describe_environment",
     "epoch_batches",
     "estimate",

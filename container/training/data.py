@@ -18,9 +18,9 @@ from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
-from container.images import to_rgb
+from container.images import open_rgb
 
-__all__ = ["Digits", "Images", "check_classes", "create_datasets", "mend_posterize", "open_validation"]
+__all__ = ["Digits", "Images", "check_classes", "create_datasets", "mend_posterize", "open_validation", "operations"]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
@@ -30,13 +30,18 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
+def operations(policy: Any) -> list[Any]:
+    """The operations of an auto-augment policy of timm's, whose `aug_fn` can be another; of all else, none."""
+    return [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]
+
+
 def mend_posterize(policy: Any) -> Any:
     """Lets an auto-augment policy of timm keep no bit of an image, and returns it.
 
     RandAugment m9-mstd0.5-inc1, the released recipe, does so with one image in some hundreds. Pillow made it black
     until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
     """
-    for operation in [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]:
+    for operation in operations(policy):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     return policy
@@ -179,7 +184,8 @@ class Images(ImageDataset):
 
     In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
     The notes are in shared memory, so that the workers that read write them for the process that trains. `classes` are
-    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix.
+    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix. `decode`
+    makes an image of an open file.
 
     Args:
         root: A folder of class folders, or a tar file; with a reader, as timm's.
@@ -192,6 +198,7 @@ class Images(ImageDataset):
         path = Path(root or "")
         super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
         self.train = train
+        self.decode: Callable[[Any], Any] = open_rgb
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # an epoch has millions of steps x images
@@ -210,7 +217,7 @@ class Images(ImageDataset):
             try:
                 file, target = self.reader[candidate]
                 with file:
-                    image = to_rgb(Image.open(file))
+                    image = self.decode(file)
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True

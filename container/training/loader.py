@@ -7,7 +7,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
+from contextlib import suppress
 from dataclasses import replace
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,11 +21,60 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from .data import mend_posterize
+from container.images import open_rgb
+
+from .data import Images, mend_posterize
 from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
+from .tensor import decode, tensor_transform
 
-__all__ = ["create_train_loader", "create_val_loader", "epoch_batches", "growing"]
+__all__ = [
+    "advice",
+    "cores",
+    "create_train_loader",
+    "create_val_loader",
+    "default_workers",
+    "epoch_batches",
+    "growing",
+]
+
+_CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
+_WAIT = 0.2  # share of the time above which waiting for data is worth a word
+_MOST = 16  # workers; each has its own copy of the list of files, and batches in /dev/shm
+
+
+def cores() -> int:
+    """Processor cores for this process: those that it may use, shared with the other processes of this machine.
+
+    `os.cpu_count()` would count cores that a scheduler or a container gave to others.
+    """
+    count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    with suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
+        quota, period = map(int, _CPU_MAX.read_text().split())
+        count = min(count, math.ceil(quota / period))
+    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+
+
+def default_workers() -> int:
+    """Loaders of a process: one for each of its cores but its own, at least 1 and at most 16."""
+    return min(max(1, cores() - 1), _MOST)
+
+
+def advice(share: float, workers: int, loader: str = "pil") -> str:
+    """What to do about an epoch that waited for data, or '' if it hardly did.
+
+    Args:
+        share: Of the epoch's time.
+        workers: Loaders of this process.
+        loader: `--loader`.
+    """
+    if share <= _WAIT:
+        return ""
+    here = cores()
+    ways = [f"more --workers ({workers} of {here} cores used)"] if workers < here else []
+    ways += ["--loader tensor"] if loader == "pil" else []
+    ways += [f"{'or ' if ways else ''}images pre-resized"]
+    return f"data_wait {100 * share:.0f} %: {', '.join(ways)}"
 
 
 def _shield(worker: int) -> None:
@@ -90,6 +141,7 @@ def create_train_loader(
     workers: int,
     seed: int,
     device: torch.device,
+    loader: str = "pil",
 ) -> PrefetchLoader:
     """A loader as `timm.data.create_loader` makes it, but for seeds of samples instead of workers.
 
@@ -102,19 +154,29 @@ def create_train_loader(
         workers: Processes that load; what comes out does not depend on it, but for streams.
         seed: The run's.
         device: Where images are moved to and normalized.
+        loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same for an image; their
+            pixels differ by rounding.
 
     Raises:
-        ValueError: Repeats of a stream, or fewer shards than processes.
+        ValueError: Repeats of a stream, fewer shards than processes, or the tensor loader for data that is decoded
+            elsewhere.
     """
-    dataset.transform = create_transform(
-        config["input_size"],
-        is_training=True,
-        use_prefetcher=True,
-        interpolation=config["interpolation"],
-        **augmentation,
-    )
-    for part in dataset.transform.transforms:
-        mend_posterize(part)
+    if isinstance(dataset, Images):
+        dataset.decode = decode if loader == "tensor" else open_rgb
+    elif loader == "tensor":
+        raise ValueError("--loader tensor reads folders, tar files and Hugging Face data: --loader pil")
+    if loader == "tensor":
+        dataset.transform = tensor_transform(config, augmentation)
+    else:
+        dataset.transform = create_transform(
+            config["input_size"],
+            is_training=True,
+            use_prefetcher=True,
+            interpolation=config["interpolation"],
+            **augmentation,
+        )
+        for part in dataset.transform.transforms:
+            mend_posterize(part)
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
@@ -147,6 +209,8 @@ def create_val_loader(
     persistent: bool = False,
 ) -> PrefetchLoader:
     """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
+
+    Always by Pillow, whatever loads the training images, so that accuracies are comparable with timm's.
 
     Args:
         dataset: timm's, or any with a `transform`.

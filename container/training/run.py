@@ -33,7 +33,7 @@ from container.files import write_atomically
 from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, check_classes
 from .distributed import Agreement, StopSignal
-from .loader import create_train_loader, create_val_loader, epoch_batches, growing
+from .loader import advice, create_train_loader, create_val_loader, epoch_batches, growing
 from .loop import HALF, Compute, StoppedError, evaluate, train_one_epoch
 from .plan import estimate
 from .report import Report, StepLog, describe_environment
@@ -210,6 +210,7 @@ class Run:
             workers=args.workers,
             seed=args.seed,
             device=self.task.device,
+            loader=args.loader,
         )
 
     def open(self) -> bool:
@@ -487,7 +488,11 @@ class Run:
             self.save(wait=True)
         self.write_report()
         line = f"epoch {progress.epoch + 1:3d}: loss {row['train_loss']:.3f}, validation {metrics['top1']:.2f} % top-1"
-        return line + (f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else "")
+        line += f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else ""
+        slow = (
+            advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
+        )  # in less, starting counts
+        return f"{line}\n{slow}" if slow else line
 
     def keep_best(self) -> None:
         """Writes the weights as they are, alone: of a checkpoint with both, timm loads the averaged."""

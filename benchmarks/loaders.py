@@ -1,0 +1,210 @@
+"""How many training images a processor core makes in a second, by `--loader pil` and by `--loader tensor`.
+
+    python -m benchmarks.loaders --photos DIR
+
+Counts processor time of this process, with one thread and no workers: what else the machine does matters little, and
+waiting for a disk not at all. Both loaders draw the same crops and operations.
+"""
+
+import argparse
+import json
+import time
+from collections.abc import Callable, Sequence
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import timm
+import torch
+import torchvision
+import yaml
+from PIL import __version__, features
+from timm.data import create_transform
+from timm.data.loader import fast_collate
+from timm.data.readers.img_extensions import get_img_extensions
+from torch.utils.data import Dataset
+
+from benchmarks.measure import device_name, environment, ratios, spread, table
+from container.files import write_atomically
+from container.images import open_rgb
+from container.training.seeding import SeededDataset
+from container.training.tensor import decode, tensor_transform
+
+RECIPE = Path(__file__).parent.parent / "recipes" / "paper.yaml"
+BATCH = 32  # images
+DECODING = "decoding alone"  # to images of all sizes, which make no batch
+
+Pipeline = Callable[[Any], Any]  # from an open file to an image
+
+
+def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
+    """Ways from a file to an image, by what they do and by loader.
+
+    Args:
+        size: Side of the images in pixels.
+    """
+    recipe = yaml.safe_load(RECIPE.read_text())
+    cfg = timm.get_pretrained_cfg(recipe["model"])
+    assert cfg is not None
+    config = dict(input_size=(3, size, size), interpolation=cfg.interpolation)
+    options: dict[str, Any] = dict(use_prefetcher=True, **config)
+    policy = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=recipe["aa"])
+    plain = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=None, color_jitter=None)
+
+    def pil(transform: Pipeline) -> Pipeline:
+        return lambda file: transform(open_rgb(file))
+
+    def tensor(transform: Pipeline) -> Pipeline:
+        return lambda file: transform(decode(file))
+
+    return {
+        "training, recipe paper": {
+            "pil": pil(create_transform(is_training=True, **options, **policy)),
+            "tensor": tensor(tensor_transform(config, policy)),
+        },
+        "training, without auto-augment": {
+            "pil": pil(create_transform(is_training=True, **options, **plain)),
+            "tensor": tensor(tensor_transform(config, plain)),
+        },
+        DECODING: {"pil": pil(lambda image: image), "tensor": tensor(lambda image: image)},
+        "evaluation": {"pil": pil(create_transform(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, **options))},
+    }
+
+
+class Photos(Dataset):
+    """Photos by one pipeline."""
+
+    def __init__(self, paths: Sequence[Path], pipeline: Pipeline) -> None:
+        self.paths, self.pipeline = paths, pipeline
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        """The image, and a class."""
+        with self.paths[index].open("rb") as file:
+            return self.pipeline(file), 0
+
+
+def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
+    """Processor seconds an image, one number a round, of every pipeline and loader.
+
+    That is seeding, reading, the pipeline, and making batches. Pipelines take turns at every batch, and which one
+    begins changes: neighbours on the same core slow all of them down alike.
+    """
+    works = [
+        (name, loader, SeededDataset(Photos(paths, pipeline)))
+        for name, ways in pipelines(size).items()
+        for loader, pipeline in ways.items()
+    ]
+    times: dict[str, dict[str, list[float]]] = {}
+    for turn in range(rounds + 1):
+        sums = [0.0] * len(works)
+        for batch, first in enumerate(range(0, len(paths), BATCH)):
+            places = [(i, (0, turn, i)) for i in range(first, min(first + BATCH, len(paths)))]
+            for k in range(len(works)):
+                k = (k + turn + batch) % len(works)
+                start = time.process_time()
+                images = [works[k][2][place] for place in places]
+                if works[k][0] != DECODING:
+                    fast_collate(images)
+                sums[k] += time.process_time() - start
+        if turn:  # the first is there to warm up
+            for (name, loader, _), seconds in zip(works, sums, strict=True):
+                times.setdefault(name, {}).setdefault(loader, []).append(seconds / len(paths))
+    return times
+
+
+def report(record: dict[str, Any]) -> str:
+    """The measurement as a Markdown table of images per second and core, with quartiles, and what it was made with."""
+
+    def cell(values: Sequence[float], digits: int) -> str:
+        low, median, high = spread(values)
+        return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+
+    rows = []
+    for name, times in record["seconds_per_image"].items():
+        rates = {loader: cell([1 / value for value in values], 0) for loader, values in times.items()}
+        faster = cell(ratios(times["pil"], times["tensor"]), 2) if "tensor" in times else ""
+        rows.append([name, rates["pil"], rates.get("tensor", ""), faster])
+    photos = record["photos"]
+    return "\n".join(
+        [
+            table(["images/s and core", "pil", "tensor", "times as fast"], rows),
+            "",
+            f"{photos['count']} photos, {photos['width']:.0f} x {photos['height']:.0f} pixels and "
+            f"{photos['bytes'] / 1000:.0f} kB on average, to {record['size']} x {record['size']}; "
+            f"median (quartiles) of {record['rounds']} rounds.",
+            f"{device_name(record)}, torchvision {record['torchvision']}, Pillow {record['pillow']} "
+            f"({'pillow-simd' if record['pillow_simd'] else 'not pillow-simd'}, "
+            f"libjpeg-turbo {record['libjpeg_turbo']}).",
+        ]
+    )
+
+
+def _simd() -> bool:
+    try:
+        return bool(metadata.version("pillow-simd"))
+    except metadata.PackageNotFoundError:
+        return False
+
+
+def find_photos(folder: Path, count: int) -> tuple[list[Path], dict[str, float]]:
+    """So many photos of a folder, evenly over it, and their mean size.
+
+    Raises:
+        SystemExit: It has none, or one that cannot be read.
+    """
+    suffixes = get_img_extensions(as_set=True)
+    paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
+    if not paths:
+        raise SystemExit(f"benchmarks: no photos in {folder}")
+    count = min(count, len(paths))
+    paths = [paths[i * len(paths) // count] for i in range(count)]
+    sums = [0, 0, 0]
+    for path in paths:
+        try:
+            with path.open("rb") as file:
+                image = open_rgb(file)
+        except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+            raise SystemExit(f"benchmarks: {path} cannot be read: {error}") from error
+        sums = [a + b for a, b in zip(sums, (*image.size, path.stat().st_size), strict=True)]
+    return paths, dict(count=count, width=sums[0] / count, height=sums[1] / count, bytes=sums[2] / count)
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Measures, prints a table, and keeps the numbers.
+
+    Args:
+        argv: Arguments, or None for those of the process.
+    """
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos, however deep")
+    parser.add_argument("--count", type=int, default=300, help="photos to take, evenly over the folder")
+    parser.add_argument("--size", type=int, default=224, help="side of the images made, in pixels")
+    parser.add_argument("--rounds", type=int, default=7, help="turns of each pipeline")
+    parser.add_argument("--json", type=Path, help="file for all numbers")
+    args = parser.parse_args(argv)
+    for name in ("count", "size", "rounds"):
+        if getattr(args, name) < 1:
+            parser.error(f"--{name} {getattr(args, name)} is not positive")
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # as in a loader of data
+    try:
+        paths, photos = find_photos(args.photos, args.count)
+        record: dict[str, Any] = environment(torch.device("cpu")) | dict(
+            torchvision=torchvision.__version__,
+            pillow=__version__,
+            pillow_simd=_simd(),
+            libjpeg_turbo=features.version_feature("libjpeg_turbo"),
+            photos=photos,
+            size=args.size,
+            rounds=args.rounds,
+            seconds_per_image=measure(paths, args.size, args.rounds),
+        )
+    finally:
+        torch.set_num_threads(threads)
+    print(report(record))
+    if args.json:
+        write_atomically(args.json, (json.dumps(record, indent=1) + "\n").encode())
+
+
+if __name__ == "__main__":
+    main()
