@@ -431,6 +431,8 @@ class Run:
             self.checkpoints.begin(self.done, state | dict(progress=asdict(self.progress), fixed=self.fixed))
             if wait:
                 self.checkpoints.finish()
+                if self.stopped:
+                    (self.output / "stopped").touch()
         if wait:
             dist.barrier()  # a process that left now would have torchrun end the one that writes
 
@@ -440,9 +442,9 @@ class Run:
         Raises:
             SystemExit: 128 and the signal's number, as in a shell.
         """
+        self.stopped = True
         self.save(wait=True)
         if self.rank == 0:
-            (self.output / "stopped").touch()
             where = f"after {self.progress.epoch} epochs and {self.progress.step} steps"
             self.bar.write(f"told to stop {where}: goes on with --resume auto --output {self.output}")
         raise SystemExit(128 + (self.signal.received or signal.SIGTERM))

@@ -18,6 +18,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 
 from container.images import to_rgb
 from container.training import Images
+from container.training.data import mend_posterize
 from container.training.seeding import seed_everything
 from container.training.tensor import _move, _to_pillow, _to_tensor, decode, tensor_transform
 
@@ -207,6 +208,8 @@ def test_the_policy_is_the_recipe_s(policy):
     options = dict(scale=(0.5, 1), hflip=0.5, auto_augment=policy)
     ours = tensor_transform(CONFIG, options)
     pillows = create_transform(is_training=True, use_prefetcher=True, **CONFIG, **options)
+    for part in pillows.transforms:
+        mend_posterize(part)
     plain = tensor_transform(CONFIG, options | dict(auto_augment=None, color_jitter=None))
     changed, image = 0, photo()
     pixels = torch.from_numpy(np.array(image)).permute(2, 0, 1)
