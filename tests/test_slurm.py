@@ -22,8 +22,7 @@ from container.files import write_atomically
 PROGRAMS = ["munged", "slurmctld", "slurmd", "sbatch", "scancel", "scontrol", "sinfo", "srun", "setpriv"]
 MISSING = [name for name in PROGRAMS if not shutil.which(name, path=f"{os.environ.get('PATH', '')}:/usr/sbin")]
 pytestmark = [
-    pytest.mark.slow,
-    pytest.mark.xdist_group("slurm"),
+    pytest.mark.slurm,
     pytest.mark.skipif(bool(MISSING), reason=f"not installed: {', '.join(MISSING)}"),
     pytest.mark.skipif(not hasattr(os, "geteuid") or os.geteuid() != 0, reason="a Slurm of one's own needs root"),
 ]
