@@ -141,6 +141,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--checkpoint", help="start from the weights in this file")
     model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more arguments: KEY=VALUE")
     model.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
+    model.add_argument("--grad-checkpointing", action=switch, help="compute activations twice, and keep few")
     model.add_argument("--freeze", action=switch, help="train the classifier alone")
     model.add_argument("--ema-decay", type=float, help="decay per step of averaged weights, kept and evaluated as well")
     model.add_argument("--ema-warmup", action=switch, help="let that decay rise in the first steps")
@@ -162,9 +163,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--sched-on-updates", action=switch, help="new rate every step, not epoch")
     optim.add_argument("--sched-lag", type=int, default=0, help="epochs by which the rate is behind its schedule")
     optim.add_argument("--clip-grad", type=float, help="largest norm of the gradient")
+    optim.add_argument("--loss", choices=("ce", "bce"), default="ce", help="cross-entropy, or binary for each class")
     optim.add_argument("--smoothing", type=float, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--scale", type=float, nargs=2, help="area of a random crop")
+    augment.add_argument("--train-interpolation", help="bilinear, bicubic or random, if not the model's")
     augment.add_argument("--hflip", type=float, help="probability of a mirror image")
     augment.add_argument("--aa", help="auto-augment policy of timm, '' for none")
     augment.add_argument("--color-jitter", type=float, help="of brightness, contrast, saturation; without a policy")
@@ -172,6 +175,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     augment.add_argument("--reprob", type=float, help="probability of random erasing")
     augment.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none")
     augment.add_argument("--cutmix", type=float, help="alpha of cutmix, 0 for none")
+    augment.add_argument("--mixup-off-epoch", type=int, help="epochs after which images are not mixed any more")
 
     given = parser.parse_args(argv)
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")
@@ -253,6 +257,8 @@ def build_model(
     if args.checkpoint:
         check_fit(args, create, classifier)
     model: Any = create(pretrained=args.pretrained or bool(args.checkpoint))
+    if args.grad_checkpointing:
+        model.set_grad_checkpointing()
     if args.freeze:
         freeze(model)
         for parameter in model.get_classifier().parameters():
@@ -288,7 +294,8 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
 def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
     """The loss of the model, a teacher's share in it if there is one, compiled and distributed as asked for."""
     soft = bool(args.mixup or args.cutmix)
-    criterion = dict(soft_targets=True) if soft else dict(smoothing=args.smoothing)
+    criterion: dict[str, Any] = dict(soft_targets=True) if soft else dict(smoothing=args.smoothing)
+    criterion["loss_type"] = args.loss
     task: TrainingTask
     if args.teacher:
         cfg = get_pretrained_cfg(args.teacher)

@@ -372,6 +372,30 @@ def test_arguments_of_optimizer_and_model(here):
     assert model.state_dict().keys() == state["state_dict"].keys()
 
 
+def test_what_timm_s_script_has_too(here, monkeypatch):
+    """Each does what it says, in the run's own loop."""
+    seen, forward = [], ClassificationTask.forward
+
+    def watch(task, images, targets):
+        if task.training:
+            kind = type(task.criterion).__name__
+            seen.append(
+                (kind, task.trainable_module.stages[0].grad_checkpointing, ((targets > 0).sum(1) > 1).any().item())
+            )
+        return forward(task, images, targets)
+
+    monkeypatch.setattr(ClassificationTask, "forward", watch)
+    flags = ["--smoothing", "0", "--mixup", "0.8", "--mixup-off-epoch", "1", "--loss", "bce", "--grad-checkpointing"]
+    here("--epochs", "2", *flags, "--train-interpolation", "bilinear")
+    assert {one[:2] for one in seen} == {("BinaryCrossEntropy", True)}
+    assert any(mixed for *_, mixed in seen[:3]) and not any(mixed for *_, mixed in seen[3:]) and len(seen) == 6
+    train = Run.train_loader
+    monkeypatch.setattr(Run, "train_loader", lambda run, size: transforms.append(train(run, size)) or transforms[-1])
+    transforms = []
+    here("--train-interpolation", "bilinear", output="other")
+    assert "interpolation=bilinear" in str(transforms[0].loader.dataset.dataset.transform)
+
+
 def test_a_model_without_stochastic_depth(capsys):
     """The recipe's is told and dropped; a flag's is for the model to refuse."""
     assert parse_args(["--recipe", "paper", "--model", "ghostnet_050"]).drop_path == 0
@@ -458,6 +482,17 @@ def test_two_processes_train_like_one(folder, here, tmp_path):
         assert [a[key] for key in ("train_loss", "eval_loss")] == pytest.approx(
             [b[key] for key in ("train_loss", "eval_loss")], rel=1e-5
         )
+
+
+@pytest.mark.slow
+def test_the_limit_of_unreadable_images_is_for_all_processes(folder, tmp_path):
+    """Twelve of 48: fewer than ten for each of the two, and more than ten in all."""
+    for name in ("bright", "dark"):
+        for i in range(0, 24, 4):  # not in a row: a reader would try the next ones
+            (folder / "train" / name / f"{i}.jpg").write_bytes(b"no image")
+    arguments = ["--data-dir", str(folder), *SMALL, *PLAIN, "--batch-size", "8", "--device", "cpu"]
+    result = run(*arguments, cwd=tmp_path, launcher=TORCHRUN)
+    assert result.returncode == 1 and "12 of 48 images cannot be read" in result.stderr, result.stderr
 
 
 @pytest.mark.slow

@@ -44,7 +44,7 @@ __all__ = ["Run", "tell_unreadable"]
 FREE = {"output", "resume", "recipe", "save_steps", "save_minutes", "log_steps", "wandb", "device", "workers"}
 FREE |= {"data_dir", "batch_size", "grad_accum"}
 FREE |= {"checkpoint", "pretrained", "teacher_checkpoint"}  # where the beginning was
-FREE |= {"compile", "channels_last"}  # how the same is computed
+FREE |= {"compile", "channels_last", "grad_checkpointing"}  # how the same is computed
 FREE |= {"eval", "dry_run", "real_labels"}
 BAD_STEPS = 20  # in a row, without a finite gradient, end a run
 FUSED = ("adam", "adamw", "sgd")  # optimizers of torch that leave out a step without asking the GPU
@@ -201,9 +201,10 @@ class Run:
     def train_loader(self, size: int) -> PrefetchLoader:
         """Training images of a size."""
         args = self.args
+        interpolation = dict(interpolation=args.train_interpolation) if args.train_interpolation else {}
         return create_train_loader(
             self.train_set,
-            self.config | dict(input_size=(3, size, size)),
+            self.config | dict(input_size=(3, size, size)) | interpolation,
             augmentation=dict(scale=args.scale, hflip=args.hflip, auto_augment=args.aa, color_jitter=args.color_jitter),
             repeats=args.aug_repeats,
             batch_size=args.batch_size,
@@ -307,6 +308,8 @@ class Run:
         args, progress = self.args, self.progress
         if (size := self.sizes[progress.epoch]) != self.loader_size:
             self.loader, self.loader_size = self.train_loader(size), size
+        if self.mixup is not None and args.mixup_off_epoch is not None:
+            self.mixup.mixup_enabled = progress.epoch < args.mixup_off_epoch
         self.since = time.perf_counter()
         train_one_epoch(
             self.task,
