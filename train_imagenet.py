@@ -15,6 +15,7 @@ import argparse
 import json
 import math
 import os
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from functools import partial
@@ -317,6 +318,8 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
     if args.compile:
         task.compile(backend=args.compile)
     if dist.get_world_size() > 1:
+        # A depthwise weight (C, 1, 3, 3) has two sets of strides for one order in memory: torch copies those gradients.
+        warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
     return task
 
