@@ -30,7 +30,7 @@ from container.images import open_rgb
 from container.training.seeding import SeededDataset
 from container.training.tensor import decode, tensor_transform
 
-RECIPE = Path(__file__).parent.parent / "recipes" / "paper.yaml"
+RECIPE = Path(__file__).parent.parent / "container" / "training" / "recipes" / "paper.yaml"
 BATCH = 32  # images
 DECODING = "decoding alone"  # to images of all sizes, which make no batch
 

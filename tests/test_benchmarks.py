@@ -399,6 +399,7 @@ def test_memory_of_no_size(capsys):
     assert "'100' is not HEIGHTxWIDTH" in capsys.readouterr().err
 
 
+@pytest.mark.slow
 def test_memory_is_linear_in_the_number_of_tokens():
     """Attention in all stages on up to 16,384 tokens: a matrix of one head and block would take a GiB."""
     if measure.peak_memory(lambda: None, CPU) is None:

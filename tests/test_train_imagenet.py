@@ -536,8 +536,8 @@ def begin(folder, tmp_path, *arguments, launcher=()):
     [
         ([], "SIGTERM"),
         ([], "SIGINT"),
-        ([], "SIGHUP"),
-        ([], "SIGUSR1"),
+        pytest.param([], "SIGHUP", marks=pytest.mark.slow),
+        pytest.param([], "SIGUSR1", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "SIGTERM", marks=pytest.mark.slow),
     ],
 )
@@ -739,6 +739,7 @@ def test_a_full_disk_leaves_the_last_good_checkpoint(folder, tmp_path):
     assert_same(*(Checkpoints(tmp_path / name).load()["state_dict"] for name in ("whole", "output")))
 
 
+@pytest.mark.slow
 def test_cifar10(tmp_path):
     """Real photos in the ImageNet layout, with `test` for a validation folder: 20 of each of CIFAR-10's classes."""
     count = Counter()

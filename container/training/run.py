@@ -377,7 +377,7 @@ class Run:
             if self.stopped:
                 self.leave()
             old = time.perf_counter() - self.saved > 60 * args.save_minutes
-            if old or (args.save_steps and progress.step % args.save_steps == 0):
+            if self.rank == 0 and (old or (args.save_steps and progress.step % args.save_steps == 0)):
                 self.save()
 
     def heed(self) -> None:
@@ -494,9 +494,8 @@ class Run:
         self.write_report()
         line = f"epoch {progress.epoch + 1:3d}: loss {row['train_loss']:.3f}, validation {metrics['top1']:.2f} % top-1"
         line += f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else ""
-        slow = (
-            advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
-        )  # in less, starting counts
+        # In a short epoch it is the loaders' start.
+        slow = advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
         return f"{line}\n{slow}" if slow else line
 
     def keep_best(self) -> None:

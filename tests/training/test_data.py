@@ -220,11 +220,10 @@ def test_classes_have_one_order_in_every_process(tmp_path):
         "import sys; from container.training import Images; print([Images(path).classes for path in sys.argv[1:]]); "
         "print([[images[i][1] for i in range(9)] for images in map(Images, sys.argv[1:])])"
     )
-    for seed in (0, 2):  # of hashes: a set of these names has other orders
-        environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": str(seed)}
-        command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "data", tmp_path / "data.tar"]
-        result = subprocess.run(command, env=environment, capture_output=True, text=True)
-        assert result.stdout == f"{[['01', '1', '2', '10', 'A', 'a', 'B', 'b', 'n02']] * 2}\n{[list(range(9))] * 2}\n"
+    environment = {**os.environ, "PYTHONPATH": str(ROOT), "PYTHONHASHSEED": "2"}  # a set of the names has no order
+    command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "data", tmp_path / "data.tar"]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert result.stdout == f"{[['01', '1', '2', '10', 'A', 'a', 'B', 'b', 'n02']] * 2}\n{[list(range(9))] * 2}\n"
 
 
 def test_folders_in_class_folders_are_of_the_class(tmp_path):

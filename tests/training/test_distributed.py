@@ -62,7 +62,7 @@ def _vote(rank, path, queue):
 
 def test_agreement_of_two(tmp_path):
     """The means; one that was told to stop stops both; one whose loss or gradient is not finite tells the other."""
-    context = torch.multiprocessing.get_context("spawn")
+    context = torch.multiprocessing.get_context("fork")
     queue = context.Queue()
     processes = [context.Process(target=_vote, args=(rank, tmp_path / "meet", queue)) for rank in range(2)]
     for process in processes:

@@ -2,6 +2,7 @@
 
 import io
 import json
+import multiprocessing
 import os
 import signal
 import tarfile
@@ -42,6 +43,8 @@ def group():
     join_group("cpu")
     yield
     dist.destroy_process_group()
+    for child in multiprocessing.active_children():  # of a loader that an exception holds, which torch would wait for
+        child.kill()
 
 
 def small(dataset):
