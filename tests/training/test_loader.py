@@ -44,7 +44,10 @@ def group():
     yield
     dist.destroy_process_group()
     for child in multiprocessing.active_children():  # of a loader that an exception holds, which torch would wait for
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
         child.kill()
+        child.join()
+        signal.signal(signal.SIGCHLD, before)
 
 
 def small(dataset):
