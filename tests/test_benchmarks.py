@@ -101,6 +101,7 @@ def test_table():
     assert lines == ["| name   |   ms |", "|--------|-----:|", "| a      |  1.0 |", "| longer | 20.0 |"]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")
 def test_no_such_device():
     done = command("speed", "container_light_nano", "--device", "cuda", code=1)
@@ -371,6 +372,7 @@ def test_ways_that_differ_are_refused(monkeypatch):
         parts.compare("norm", 3, args, CPU)
 
 
+@pytest.mark.slow
 def test_parts_command(tmp_path):
     words = ["--parts", "static 5x5", "--stages", 4, "--batch-size", 1, "--rounds", 1, "--seconds", 0]
     done = command("parts", *words, "--device", "cpu", "--out", tmp_path)

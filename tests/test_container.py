@@ -41,6 +41,10 @@ TWINS = dict(
 
 every = pytest.mark.parametrize("name", NAMES)
 every_small = pytest.mark.parametrize("name", [n for n in NAMES if n not in TWINS])
+COMPILED = ("container", "container_light", "container_mixer")  # by default; the others' kinds are parts of these
+every_kind = pytest.mark.parametrize(
+    "name", [n if n in COMPILED else pytest.param(n, marks=pytest.mark.slow) for n in NAMES if n not in TWINS]
+)
 
 
 def small(**kwargs):
@@ -402,7 +406,7 @@ def test_twins(name):
     ]
 
 
-@every_small
+@every_kind
 @torch.no_grad()
 def test_exported(name):
     model, x, open_dims, shapes = exportable(name)
@@ -431,7 +435,7 @@ def test_onnx(name, tmp_path):
         torch.testing.assert_close(torch.from_numpy(y), model(x), rtol=1e-3, atol=1e-4)
 
 
-@every_small
+@every_kind
 def test_compiled_without_graph_breaks(name):
     model, x, _, _ = exportable(name)
     twin = copy.deepcopy(model)

@@ -208,6 +208,7 @@ def test_sixteen_bits(dtype):
     sum(level.float().mean() for level in maps.values()).backward()
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the old exporter, the one that takes torchvision's detectors
 @pytest.mark.parametrize("build", [retinanet, mask_rcnn])
 def test_onnx(build, tmp_path):

@@ -85,6 +85,7 @@ def test_segmentation_models(name, architecture):
     assert all(p.grad is not None for p in model.encoder.parameters())
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::FutureWarning", "ignore::DeprecationWarning")  # of the exporter and its parts
 @pytest.mark.filterwarnings("ignore:Constant folding:UserWarning")  # torch 2.7's old exporter, of what it leaves
 def test_segmentation_by_onnx(tmp_path):

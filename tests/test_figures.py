@@ -176,12 +176,15 @@ def test_pictures_from_the_command(photo, tmp_path, capsys):
         assert len(colors) > 100 and counts.max() < 0.98 * counts.sum()
 
 
-@pytest.mark.parametrize("name", ["container_pam", "container_attention", "container_mixer"])
+@pytest.mark.parametrize(
+    "name",
+    ["container_pam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("container_attention", "container_mixer"))],
+)
 def test_pictures_of_other_members(name, photo, tmp_path):
     assert len(figures.draw(photo, name, tmp_path, img_size=64)) == 4
 
 
-@pytest.mark.parametrize("num_classes", [7, 0])
+@pytest.mark.parametrize("num_classes", [7, pytest.param(0, marks=pytest.mark.slow)])
 def test_pictures_of_a_checkpoint(num_classes, photo, tmp_path):
     model = randomize(timm.create_model("container_light_nano", num_classes=num_classes))
     torch.save(model.state_dict(), tmp_path / "model.pth")

@@ -38,6 +38,7 @@ def test_script_runs_with_its_arguments_and_the_models(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == "['--model', 'y'] True\n"
 
 
+@pytest.mark.slow
 def test_training_from_the_command(tmp_path):
     """For those who installed the package, and have no copy of the script: by the recipes in it."""
     result = run("train", "--recipe", "digits", "--epochs", "1", "--dry-run", cwd=tmp_path)

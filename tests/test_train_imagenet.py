@@ -60,8 +60,13 @@ def run(*arguments, cwd, launcher=(), **options):
 
 @pytest.fixture
 def here(folder, tmp_path, monkeypatch):
-    """Runs the script in this process, in an empty folder, on the bright and dark images."""
+    """Runs the script in this process, in an empty folder, on the bright and dark images.
+
+    What each run would do alike for a second, and other tests look at, it does not: counting cost, drawing curves.
+    """
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr("container.training.run.estimate", lambda *_: dict(params=1, gmacs=1.0, gib=1.0))
+    monkeypatch.setattr("container.training.report.plot_curves", lambda *_: None)
 
     def call(*arguments, output="output"):
         main(["--data-dir", str(folder), *SMALL, *arguments, "--output", output])
@@ -197,7 +202,7 @@ def test_clipping_bounds_the_step(here):
     assert norms[1] <= 1e-4 < norms[0]
 
 
-@pytest.mark.parametrize("dtype", ["bfloat16", "float16"])
+@pytest.mark.parametrize("dtype", ["bfloat16", pytest.param("float16", marks=pytest.mark.slow)])
 def test_mixed_precision_is_near_float32(here, dtype):
     """Weights stay 32-bit, and float16 has its scaler."""
     full, half = (here(*PLAIN, "--amp", amp, output=amp) for amp in ("none", dtype))
@@ -277,6 +282,7 @@ def test_fine_tuning_keeps_all_but_the_classifier(here, tmp_path):
     assert len(names) > 100 and all(torch.equal(state[key], tuned[key]) for key in names)
 
 
+@pytest.mark.slow
 def test_the_released_layout_is_a_starting_point_too(here, tmp_path):
     torch.save(dict(model=reference.random_state(0)), tmp_path / "released.pth")
     frozen = ("--lr-base", "0", "--warmup-lr", "0", "--min-lr", "0", "--model", "container_light")
@@ -535,7 +541,7 @@ def begin(folder, tmp_path, *arguments, launcher=()):
     "launcher, number",
     [
         ([], "SIGTERM"),
-        ([], "SIGINT"),
+        pytest.param([], "SIGINT", marks=pytest.mark.slow),
         pytest.param([], "SIGHUP", marks=pytest.mark.slow),
         pytest.param([], "SIGUSR1", marks=pytest.mark.slow),
         pytest.param(TORCHRUN, "SIGTERM", marks=pytest.mark.slow),

@@ -213,6 +213,7 @@ def python(code, *arguments, **environment):
     )
 
 
+@pytest.mark.slow
 def test_killed_in_the_middle(served, place):
     """What is left of it is cleared away by the next who asks."""
     served.pause = 0.05

@@ -279,6 +279,7 @@ print(*{{type(m).__name__ for m in model.model.model if "container" in type(m)._
     assert run("-c", on, folder=tmp_path).splitlines()[-1] == expected
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "name", ["yolov8n-context.yaml", pytest.param("yolo11n-container_light_nano.yaml", marks=pytest.mark.slow)]
 )

@@ -98,6 +98,7 @@ def test_a_run_becomes_a_record(tmp_path, place):
     assert zoo.convert(tmp_path / "last.pth", name, tmp_path / "out.safetensors")[1]["results"] == []
 
 
+@pytest.mark.slow
 def test_what_was_imported_is_a_tag_like_any_other(tmp_path, place):
     """In the next process, for timm's registry too; held to its hash, and named once."""
     mine = randomize(timm.create_model("container_light_nano", num_classes=7))
