@@ -48,6 +48,7 @@ def images(tmp_path_factory):
     return folder
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("name", [*study.MEMBERS, *study.PEERS])
 def test_parameters_are_matched(name, size):

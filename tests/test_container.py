@@ -300,6 +300,7 @@ def test_features_only_has_no_unused_parameter():
 # timm's contract
 
 
+@pytest.mark.slow
 @every
 def test_init_after_to_empty(name):
     model = timm.create_model(name, device="meta").to_empty(device="cpu")

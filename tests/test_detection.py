@@ -86,7 +86,9 @@ OTHERS = [
 ]  # fmt: skip
 
 
-@pytest.mark.parametrize("frozen", [1, 2, 4])
+@pytest.mark.parametrize(
+    "frozen", [pytest.param(1, marks=pytest.mark.slow), 2, pytest.param(4, marks=pytest.mark.slow)]
+)
 @pytest.mark.parametrize("name", [*QUICK, *(pytest.param(name, marks=pytest.mark.slow) for name in OTHERS)])
 def test_frozen_stages_stay_as_they_are(name, frozen):
     """Parameters, statistics and answers, whatever becomes of the rest; and the rest is trained.
@@ -163,7 +165,10 @@ def test_a_frozen_level_of_a_body_of_ones_own():
         FeaturePyramid(Body((1,)), 8, frozen_stages=1)
 
 
-@pytest.mark.parametrize("name", ["container_light_nano", "container_light", "container"])
+@pytest.mark.parametrize(
+    "name",
+    ["container_light_nano", *(pytest.param(n, marks=pytest.mark.slow) for n in ("container_light", "container"))],
+)
 @pytest.mark.parametrize("build", [retinanet, mask_rcnn])
 def test_detectors_train_and_detect(name, build):
     """Images of different, odd sizes in one batch; every trained parameter gets a gradient."""

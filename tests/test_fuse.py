@@ -382,6 +382,7 @@ def test_other_types():
 
 
 # TracerWarning: of the checks of an image's size, as in timm's own models.
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore::torch.jit.TracerWarning")
 @pytest.mark.parametrize("how", ["script", "trace", "fx", "export", "compile"])
 @torch.no_grad()

@@ -50,8 +50,8 @@ def test_the_zoo_is_what_the_command_prints(capsys):
 
 def test_commands_are_those_of_ci():
     commands = [line for block in re.findall(r"```bash\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
-    assert 'pip install -e ".[test]" && pytest -n 2' in commands
-    assert "\npytest -n 2\n" in (ROOT / ".ci" / "run").read_text()
+    assert 'pip install -e ".[test]" && pytest -n 2 --dist worksteal' in commands
+    assert "\npytest -n 2 --dist worksteal\n" in (ROOT / ".ci" / "run").read_text()
 
 
 def test_differences_has_every_note():

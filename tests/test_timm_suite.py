@@ -50,7 +50,13 @@ def call(timm_tests, test, *args):
         pytest.fail(f"timm's {test} skipped: {skip}")
 
 
-@pytest.mark.parametrize("name", timm.list_models("container*", include_tags=True))
+@pytest.mark.parametrize(
+    "name",
+    [
+        name if name.split(".")[0] in ("container_light", *QUICK) else pytest.param(name, marks=pytest.mark.slow)
+        for name in timm.list_models("container*", include_tags=True)
+    ],
+)
 def test_default_cfgs(timm_tests, name):
     call(timm_tests, "test_model_default_cfgs", name, 1, "meta")
 

@@ -243,6 +243,7 @@ for change in (lambda: None, lambda: eval(sys.argv[2])):
 """
 
 
+@pytest.mark.slow
 def test_from_the_hub(tmp_path):
     """By its own client: token, cache, the switch that keeps it offline; and checked like any other file."""
     environment = dict(HF_HOME=str(tmp_path / "home"), CONTAINER_WEIGHTS_DIR=str(tmp_path / "none"))

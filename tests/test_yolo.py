@@ -55,6 +55,7 @@ def test_layer_trains_with_a_batch_of_one_position():
             ContextAggregation(4, reduction)
 
 
+@pytest.mark.slow
 def test_without_ultralytics(monkeypatch):
     for name in ("ultralytics", "ultralytics.nn"):  # the second would be found if another test has imported it
         monkeypatch.setitem(sys.modules, name, None)
@@ -219,6 +220,7 @@ def test_rows_that_cannot_be(ultralytics, tmp_path):
             ultralytics.YOLO(tmp_path / "yolov8n-x.yaml")
 
 
+@pytest.mark.slow
 @pytest.mark.filterwarnings("ignore")  # of the exporter and its parts
 @pytest.mark.parametrize("name", ["yolov8n-context.yaml", "yolov8n-container_light.yaml"])
 def test_onnx(ultralytics, tmp_path, monkeypatch, name):

@@ -28,6 +28,7 @@ def place(tmp_path, monkeypatch):
     return tmp_path / "weights"
 
 
+@pytest.mark.slow
 def test_table_has_every_member_and_only_measured_numbers():
     rows = zoo.table(markdown=True).splitlines()
     assert len(rows) == 2 + len(timm.list_models(module="container"))
@@ -230,6 +231,7 @@ def test_export_is_loaded_by_local_dir(tmp_path):
         zoo.export(OURS, folder)
 
 
+@pytest.mark.slow
 def test_export_is_loaded_from_a_hub(tmp_path):
     zoo.export(OURS, tmp_path / "export")
     with running(Hub(tmp_path / "export")) as server:

@@ -172,6 +172,7 @@ def test_folders_of_numbers_are_sorted_as_numbers(tmp_path):
         open_validation("nowhere")
 
 
+@pytest.mark.slow
 def test_a_folder_without_permission():
     """As another user, since root may read everything."""
     root = Path(tempfile.mkdtemp())
