@@ -124,6 +124,7 @@ class Run:
         self.lr, self.warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
 
+        fused = {"fused": True} if task.device.type == "cuda" and args.opt in FUSED else {}
         by_stage = None
         if args.layer_decay is not None:
             by_stage = partial(groups_by_stage, weight_decay=args.weight_decay, layer_decay=args.layer_decay)
@@ -133,7 +134,7 @@ class Run:
             lr=self.lr,
             weight_decay=args.weight_decay,
             param_group_fn=by_stage,
-            **({"fused": True} if args.opt in FUSED else {}) | args.opt_args,
+            **fused | args.opt_args,
         )
         self.scheduler, _ = create_scheduler_v2(
             self.optimizer,
