@@ -42,6 +42,7 @@ from container.training import (
     create_datasets,
     create_val_loader,
     default_workers,
+    describe,
     evaluate,
     join_group,
     open_validation,
@@ -394,7 +395,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             model = build_model(args, num_classes, device, getattr(train_set, "classes", None))
             run = Run(args, model, build_task(args, model, device), train_set, val_set)
             if run.rank == 0:
-                print(run.plan)
+                print(describe(run))
             if args.dry_run:
                 return math.nan
             if run.open() and run.rank == 0:

@@ -6,7 +6,7 @@ from .data import Digits, Images, check_classes, create_datasets, open_validatio
 from .distributed import Agreement, StopSignal, join_group
 from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
-from .plan import estimate
+from .plan import describe, estimate
 from .recipe import parse_with_recipe
 from .report import Report, describe_environment
 from .run import Run, tell_unreadable
@@ -30,6 +30,7 @@ __all__ = [
     "create_train_loader",
     "create_val_loader",
     "default_workers",
+    "describe",
     "describe_environment",
     "epoch_batches",
     "estimate",

@@ -151,6 +151,22 @@ def _raise(error: OSError) -> None:
     raise PermissionError(f"folder {error.filename} cannot be read")
 
 
+class _TarReader(ReaderImageInTar):
+    """timm's, but a forked loader opens the files anew: it would move the place at which the other processes read."""
+
+    process = os.getpid()
+
+    def __getitem__(self, index: int) -> Any:
+        if self.process != os.getpid():
+            self.process = os.getpid()
+            states = [self.tar_state] if self.root_is_tar else [*self.tar_state.values()]
+            while states:
+                state = states.pop()
+                state.tf = None
+                states += state.children.values()
+        return super().__getitem__(index)
+
+
 def open_tar(path: Path) -> ReaderImageInTar:
     """timm's reader over a tar file of class folders or of a tar file for each class.
 
@@ -160,7 +176,7 @@ def open_tar(path: Path) -> ReaderImageInTar:
         ValueError: It has no images, or folders in class folders, of which nobody can tell which are the classes.
     """
     try:
-        reader = ReaderImageInTar(str(path), cache_tarinfo=False)
+        reader = _TarReader(str(path), cache_tarinfo=False)
     except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"no images in class folders of {path}") from error
     folders = set()

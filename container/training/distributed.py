@@ -9,7 +9,7 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
-__all__ = ["SIGNALS", "Agreement", "StopSignal", "join_group"]
+__all__ = ["SIGNALS", "Agreement", "StopSignal", "any_of", "join_group"]
 
 SIGNALS = [
     getattr(signal, name)
@@ -92,6 +92,23 @@ class Agreement:
         loss, norm, scale, stops = self._values.tolist()
         world = dist.get_world_size()
         return loss / world, norm / world, scale / world, stops > 0
+
+
+def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
+    """Which flags are set on any process; all have to ask.
+
+    Args:
+        flags: This process's.
+        device: What the processes talk by.
+
+    Returns:
+        On the CPU, of the same shape.
+    """
+    if dist.get_world_size() == 1:
+        return flags
+    found = flags.to(device, torch.uint8)
+    dist.all_reduce(found, dist.ReduceOp.MAX)
+    return found.bool().cpu()
 
 
 class StopSignal:

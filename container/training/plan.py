@@ -1,11 +1,12 @@
 """What a run is going to cost."""
 
 import copy
+from typing import Any
 
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-__all__ = ["estimate"]
+__all__ = ["describe", "estimate"]
 
 
 def estimate(
@@ -45,4 +46,31 @@ def estimate(
         params=params,
         gmacs=counter.get_total_flops() / 2e9 / len(images),
         gib=(states + activations / (2 if half else 1)) / 2**30,
+    )
+
+
+def describe(run: Any) -> str:
+    """What a `Run` is going to do, in some lines."""
+    args, cost = run.args, run.cost
+    told = [f"{part.left_out}\n" for part in (run.train_set, run.val_set) if getattr(part, "left_out", "")]
+    if len(run.train_set) < 100_000 and args.epochs >= 100 and not (args.checkpoint or args.pretrained):
+        told.append(
+            f"{len(run.train_set)} images are few to learn from without trained weights: if there are any, "
+            "--recipe finetune with --checkpoint or --pretrained\n"
+        )
+    files = 4 * cost["params"] * (4 if args.ema_decay else 3) / 2**20
+    minutes = args.epochs * run.steps * run.images / 1000 / 60
+    length = f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min"
+    return (
+        f"{args.model} at {run.size} px: {cost['params'] / 1e6:.2f} M parameters, {cost['gmacs']:.3f} GMACs\n"
+        f"{len(run.train_set)} images to train on, {len(run.val_set)} to validate on, "
+        f"{run.model.num_classes} classes\n"
+        f"recipe {args.recipe}: {args.epochs} epochs of {run.steps} steps of {run.images} images "
+        f"({run.processes} x {args.batch_size} x {args.grad_accum})\n"
+        f"learning rate {args.warmup_lr:.1e} to {run.lr:.1e} in {run.warmup_epochs} epochs, "
+        f"then to {args.min_lr:.1e}\n"
+        f"{''.join(told)}"
+        f"on {torch.device(args.device).type}, memory about {cost['gib']:.2f} GiB per process, "
+        f"{args.workers} loaders each\n"
+        f"checkpoints of {files:.0f} MiB, three of them for a moment; {length} at 1,000 images/s"
     )

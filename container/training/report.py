@@ -17,13 +17,15 @@ import PIL
 import timm
 import torch
 import torchvision
+from safetensors.torch import save
+from timm.utils import get_state_dict
 
 import container
 from container.files import write_atomically
 
 from .curves import plot_curves
 
-__all__ = ["Report", "StepLog", "describe_environment"]
+__all__ = ["Report", "StepLog", "describe_environment", "write_best"]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
@@ -107,6 +109,22 @@ class Report:
         self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
+
+
+def write_best(folder: Path, model: torch.nn.Module, class_names: list[str] | None) -> None:
+    """Writes `model_best.safetensors`: weights alone, as timm would load the averaged of a file with both.
+
+    Args:
+        folder: The run's.
+        model: With the weights.
+        class_names: In the order of the logits; they go into the file's metadata.
+
+    Raises:
+        OSError: It cannot be written.
+    """
+    names = dict(classes=json.dumps(class_names))  # one entry: of two, the order is of chance
+    weights = {key: tensor.contiguous() for key, tensor in get_state_dict(model).items()}
+    write_atomically(folder / "model_best.safetensors", save(weights, metadata=names))
 
 
 class StepLog:

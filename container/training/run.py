@@ -1,9 +1,7 @@
 """A training run."""
 
 import argparse
-import json
 import math
-import multiprocessing
 import signal
 import sys
 import time
@@ -17,7 +15,6 @@ from typing import Any, NoReturn
 import torch
 import torch.distributed as dist
 import yaml
-from safetensors.torch import save
 from timm.data import Mixup, resolve_model_data_config
 from timm.data.loader import PrefetchLoader
 from timm.data.random_erasing import RandomErasing
@@ -25,18 +22,18 @@ from timm.models._hub import save_config_for_hf
 from timm.optim import create_optimizer_v2, param_groups_layer_decay
 from timm.scheduler import create_scheduler_v2
 from timm.task.task import TrainingTask
-from timm.utils import distribute_bn, get_outdir, get_state_dict, unwrap_model
+from timm.utils import distribute_bn, get_outdir, unwrap_model
 from tqdm import tqdm
 
 from container.files import write_atomically
 
 from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, check_classes
-from .distributed import Agreement, StopSignal
-from .loader import advice, create_train_loader, create_val_loader, epoch_batches, growing
+from .distributed import Agreement, StopSignal, any_of
+from .loader import advice, create_train_loader, create_val_loader, end_workers, epoch_batches, growing
 from .loop import HALF, Compute, StoppedError, evaluate, train_one_epoch
 from .plan import estimate
-from .report import Report, StepLog, describe_environment
+from .report import Report, StepLog, describe_environment, write_best
 
 __all__ = ["Run", "tell_unreadable"]
 
@@ -171,33 +168,6 @@ class Run:
             self.parts["state_dict_ema"] = unwrap_model(self.task.get_trainable_module(ema=True))
         self.fixed = {key: value for key, value in vars(args).items() if key not in FREE}
         self.fixed |= dict(images=self.images, steps=self.steps, class_names=getattr(train_set, "classes", None))
-
-    @property
-    def plan(self) -> str:
-        """What the run is going to do, in some lines."""
-        args, cost = self.args, self.cost
-        told = [f"{part.left_out}\n" for part in (self.train_set, self.val_set) if getattr(part, "left_out", "")]
-        if len(self.train_set) < 100_000 and args.epochs >= 100 and not (args.checkpoint or args.pretrained):
-            told.append(
-                f"{len(self.train_set)} images are few to learn from without trained weights: if there are any, "
-                "--recipe finetune with --checkpoint or --pretrained\n"
-            )
-        files = 4 * cost["params"] * (4 if args.ema_decay else 3) / 2**20
-        minutes = args.epochs * self.steps * self.images / 1000 / 60
-        length = f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min"
-        return (
-            f"{args.model} at {self.size} px: {cost['params'] / 1e6:.2f} M parameters, {cost['gmacs']:.3f} GMACs\n"
-            f"{len(self.train_set)} images to train on, {len(self.val_set)} to validate on, "
-            f"{self.model.num_classes} classes\n"
-            f"recipe {args.recipe}: {args.epochs} epochs of {self.steps} steps of {self.images} images "
-            f"({self.processes} x {args.batch_size} x {args.grad_accum})\n"
-            f"learning rate {args.warmup_lr:.1e} to {self.lr:.1e} in {self.warmup_epochs} epochs, "
-            f"then to {args.min_lr:.1e}\n"
-            f"{''.join(told)}"
-            f"on {torch.device(args.device).type}, memory about {cost['gib']:.2f} GiB per process, "
-            f"{args.workers} loaders each\n"
-            f"checkpoints of {files:.0f} MiB, three of them for a moment; {length} at 1,000 images/s"
-        )
 
     def train_loader(self, size: int) -> PrefetchLoader:
         """Training images of a size."""
@@ -408,10 +378,7 @@ class Run:
 
     def told(self) -> bool:
         """Whether any process was told to stop; all have to ask."""
-        flag = torch.tensor(float(self.signal.received is not None), device=self.task.device)
-        if self.world > 1:
-            dist.all_reduce(flag)
-        return bool(flag)
+        return bool(any_of(torch.tensor(self.signal.received is not None), self.task.device))
 
     def save(self, wait: bool = False) -> None:
         """Writes a checkpoint of this very step, in a thread.
@@ -466,10 +433,8 @@ class Run:
         metrics = evaluate(self.task, self.val_loader, self.compute, stop=self.told)
         tell_unreadable(self.val_set, "does not count")
         for data in (self.train_set, self.val_set):  # a process reads a part, and the limit is for the whole
-            if self.world > 1 and isinstance(data, Images):
-                flags = data.unreadable.to(self.task.device, torch.uint8)
-                dist.all_reduce(flags, dist.ReduceOp.MAX)
-                data.check_unreadable(flags.cpu())
+            if isinstance(data, Images):
+                data.check_unreadable(any_of(data.unreadable, self.task.device))
         row = dict(
             epoch=progress.epoch,
             train_loss=progress.loss / self.steps,
@@ -489,7 +454,8 @@ class Run:
             skipped=progress.skipped,
         )
         if self.rank == 0 and better:
-            self.keep_best()
+            model: Any = self.task.get_eval_model(ema=args.best == "ema")
+            write_best(self.output, model, self.fixed["class_names"])
         if self.progress.epoch == args.epochs:
             self.save(wait=True)
         self.write_report()
@@ -498,13 +464,6 @@ class Run:
         # In a short epoch it is the loaders' start.
         slow = advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
         return f"{line}\n{slow}" if slow else line
-
-    def keep_best(self) -> None:
-        """Writes the weights as they are, alone: of a checkpoint with both, timm loads the averaged."""
-        weights = get_state_dict(self.task.get_eval_model(ema=self.args.best == "ema"))
-        names = dict(classes=json.dumps(self.fixed["class_names"]))  # one entry: of two, the order is of chance
-        best = save({key: tensor.contiguous() for key, tensor in weights.items()}, metadata=names)
-        write_atomically(self.output / "model_best.safetensors", best)
 
     def write_report(self) -> None:
         """What is known of the run after its last whole epoch."""
@@ -530,13 +489,7 @@ class Run:
         """Ends what would outlive the run: a checkpoint's thread, loaders, and the hold on its folder."""
         with suppress(OSError):  # it was raised where it could be told
             self.checkpoints.finish()
-        # Loaders shield themselves from the signals that end jobs; torch takes a dead one for a failure.
-        if children := multiprocessing.active_children():
-            before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)
-            for child in children:
-                child.kill()
-                child.join()
-            signal.signal(signal.SIGCHLD, before)
+        end_workers()
         if self.report is not None:
             self.report.close()
         if self.lock is not None:

@@ -1,6 +1,7 @@
 """Data of a training run."""
 
 import hashlib
+import multiprocessing
 import os
 import pickle
 import shutil
@@ -225,6 +226,31 @@ def test_classes_have_one_order_in_every_process(tmp_path):
     command = [sys.executable, "-W", "ignore", "-c", code, tmp_path / "data", tmp_path / "data.tar"]
     result = subprocess.run(command, env=environment, capture_output=True, text=True)
     assert result.stdout == f"{[['01', '1', '2', '10', 'A', 'a', 'B', 'b', 'n02']] * 2}\n{[list(range(9))] * 2}\n"
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize("nested", [False, True])
+def test_processes_do_not_share_their_place_in_a_tar(folder, tmp_path, nested):
+    """A loader that began after the first image was read would read others under its label, and so would we."""
+    with tarfile.open(tmp_path / "train.tar", "w") as archive:
+        for name in ("bright", "dark"):
+            if nested:
+                with tarfile.open(tmp_path / f"{name}.tar", "w") as inner:
+                    for image in (folder / "train" / name).iterdir():
+                        inner.add(image, image.name)
+                archive.add(tmp_path / f"{name}.tar", f"{name}.tar")
+            else:
+                archive.add(folder / "train" / name, name)
+    images = Images(str(tmp_path / "train.tar"))
+    first = np.asarray(images[0][0])
+    state = images.reader.tar_state
+    file = state.tf.fileobj
+    place = file.tell()
+    process = multiprocessing.get_context("fork").Process(target=lambda: [images[i] for i in range(48)])
+    process.start()
+    process.join()
+    assert process.exitcode == 0 and file.tell() == place and state.tf.fileobj is file
+    assert np.array_equal(np.asarray(images[0][0]), first) and not images.unreadable.any()
 
 
 def test_folders_in_class_folders_are_of_the_class(tmp_path):
