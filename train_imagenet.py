@@ -25,7 +25,7 @@ from typing import Any
 import timm
 import torch
 import torch.distributed as dist
-from timm.data import RealLabelsImagenet, resolve_model_data_config
+from timm.data import ImageNetInfo, RealLabelsImagenet, infer_imagenet_subset, resolve_model_data_config
 from timm.models import get_pretrained_cfg
 from timm.task import ClassificationTask, LogitDistillationTask
 from timm.task.task import TrainingTask
@@ -37,7 +37,9 @@ from container.training import (
     HALF,
     Checkpoints,
     Compute,
+    Divergence,
     Run,
+    Teacher,
     check_classes,
     create_datasets,
     create_val_loader,
@@ -45,6 +47,7 @@ from container.training import (
     describe,
     evaluate,
     join_group,
+    open_photos,
     open_validation,
     parse_with_recipe,
     seed_everything,
@@ -112,8 +115,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     data = parser.add_argument_group("data")
     data.add_argument(
-        "--data-dir", help="folder with train/CLASS/* and val/CLASS/*; without data, scikit-learn's digits"
+        "--data-dir",
+        nargs="+",
+        metavar="DIR",
+        help="folder with train/CLASS/* and val/CLASS/*; without data, scikit-learn's digits; for --distill 1 several",
     )
+    data.add_argument("--exclude", metavar="PATTERN", help="of names of photos that --distill 1 leaves out")
     data.add_argument("--dataset", default="", help="torch/cifar10, torch/cifar100, hfds/NAME or wds/, instead")
     data.add_argument("--train-split", default="train", help="of Hugging Face data or WebDataset shards")
     data.add_argument("--val-split", default="validation", help="of the same")
@@ -150,7 +157,15 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--best", choices=("model", "ema"), help="whose accuracy says which weights are the best")
     model.add_argument("--teacher", help="a timm model to learn from as well")
     model.add_argument("--teacher-checkpoint", help="its weights, if not its pretrained ones")
-    model.add_argument("--distill", type=float, default=0.5, help="share of the teacher in the loss")
+    model.add_argument(
+        "--distill", type=float, default=0.5, help="share of the teacher in the loss; with 1, labels are not read"
+    )
+    model.add_argument("--teacher-size", type=int, help="side of the teacher's images, if not the model's")
+    model.add_argument("--temperature", type=float, default=1.0, help="of both in the teacher's part of the loss")
+    model.add_argument(
+        "--view-epochs", type=int, default=0, help="let views repeat after so many epochs; the teacher sees each once"
+    )
+    model.add_argument("--view-dir", help="where these views and the teacher's logits are kept, if not in --output")
     optim = parser.add_argument_group("optimization (cosine)")
     optim.add_argument("--opt", help="an optimizer of timm's")
     optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more of its arguments: KEY=VALUE")
@@ -189,6 +204,20 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if given.eval and given.checkpoint:
         args.pretrained = given.pretrained
     args.compile = None if args.compile == "none" else args.compile
+    if args.data_dir is not None and not (learns_alone(args) and not args.dataset):
+        if len(args.data_dir) > 1:
+            parser.error(
+                f"{len(args.data_dir)} folders, but only a teacher's logits (--distill 1) are learned from many"
+            )
+        args.data_dir = args.data_dir[0]
+    if args.temperature <= 0:
+        parser.error(f"--temperature {args.temperature} is not positive")
+    if not 0 <= args.distill <= 1:
+        parser.error(f"--distill {args.distill} is not in [0, 1]")
+    if not learns_alone(args) and (args.exclude or args.view_epochs or args.view_dir or args.teacher_size):
+        parser.error("--exclude, --teacher-size, --view-epochs and --view-dir are for --teacher NAME --distill 1")
+    if args.view_epochs and (args.start_size or args.mixup_off_epoch):
+        parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
     for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes", "log_steps"):
@@ -213,6 +242,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         print(f"{args.model} has no stochastic depth: the recipe's drop_path {args.drop_path} is not used")
         args.drop_path = 0.0
     return args
+
+
+def learns_alone(args: argparse.Namespace) -> bool:
+    """Whether a teacher's logits are all that is learned, and labels are not read."""
+    return bool(args.teacher) and args.distill == 1
 
 
 def _has_drop_path(name: str) -> bool:
@@ -289,6 +323,14 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     """Training data (None for --eval of a folder), validation data, number of classes."""
     if args.eval and args.data_dir and not args.dataset:
         return (None, *open_validation(args.data_dir))
+    if learns_alone(args) and args.data_dir and not args.dataset:
+        cfg = get_pretrained_cfg(args.teacher)
+        if cfg is None or not cfg.num_classes:
+            raise ValueError(f"{args.teacher} does not say how many classes it knows")
+        train, val = open_photos(args.data_dir, args.exclude)
+        subset = infer_imagenet_subset(cfg.to_dict())
+        train.classes = val.classes = ImageNetInfo(subset).label_names() if subset else []
+        return train, val, cfg.num_classes
     splits = (args.train_split, args.val_split)
     return create_datasets(args.data_dir, args.dataset, splits, args.num_classes, args.batch_size, args.seed)
 
@@ -299,7 +341,9 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
     criterion: dict[str, Any] = dict(soft_targets=True) if soft else dict(smoothing=args.smoothing)
     criterion["loss_type"] = args.loss
     task: TrainingTask
-    if args.teacher:
+    if learns_alone(args):
+        task = ClassificationTask(model, Divergence(args.temperature), device=device, verbose=False)
+    elif args.teacher:
         cfg = get_pretrained_cfg(args.teacher)
         if not args.teacher_checkpoint and cfg is not None and cfg.num_classes != model.num_classes:
             raise ValueError(f"{args.teacher} knows {cfg.num_classes} classes, and the data has {model.num_classes}")
@@ -308,6 +352,7 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
             args.teacher,
             teacher_pretrained_path=args.teacher_checkpoint,
             task_loss_weight=1 - args.distill,
+            temperature=args.temperature,
             criterion_kwargs=criterion,
             device=device,
             verbose=False,
@@ -323,6 +368,20 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
         warnings.filterwarnings("ignore", "Grad strides do not match bucket view strides", UserWarning)
         task.prepare_distributed(device_ids=[device.index] if device.type == "cuda" else None)
     return task
+
+
+def build_teacher(args: argparse.Namespace, model: Any, device: torch.device) -> Teacher | None:
+    """The teacher, if it is the only one to learn from."""
+    if not learns_alone(args):
+        return None
+    config = resolve_model_data_config(model)
+    compute = Compute(device, args.amp, channels_last=True)
+    teacher = Teacher(args.teacher, args.teacher_checkpoint, args.teacher_size, config["mean"], config["std"], compute)
+    if teacher.model.num_classes != model.num_classes:
+        raise ValueError(
+            f"{args.teacher} knows {teacher.model.num_classes} classes, and the data has {model.num_classes}"
+        )
+    return teacher
 
 
 def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
@@ -393,7 +452,8 @@ def main(argv: Sequence[str] | None = None) -> float:
             if args.resume and Checkpoints(args.output).paths():
                 args.checkpoint, args.pretrained = None, False  # a run's checkpoints hold all that it began with
             model = build_model(args, num_classes, device, getattr(train_set, "classes", None))
-            run = Run(args, model, build_task(args, model, device), train_set, val_set)
+            teacher = build_teacher(args, model, device)
+            run = Run(args, model, build_task(args, model, device), train_set, val_set, teacher)
             if run.rank == 0:
                 print(describe(run))
             if args.dry_run:

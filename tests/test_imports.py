@@ -18,6 +18,7 @@ TRAINING = [
     "tensor",
     "loader",
     "loop",
+    "distill",
     "checkpoint",
     "plan",
     "report",

@@ -2,7 +2,8 @@
 
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
-from .data import Digits, Images, check_classes, create_datasets, open_validation
+from .data import Digits, Images, Photos, check_classes, create_datasets, open_photos, open_validation
+from .distill import Distillation, Divergence, Teacher, Views
 from .distributed import Agreement, StopSignal, join_group
 from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
@@ -18,11 +19,16 @@ __all__ = [
     "Checkpoints",
     "Compute",
     "Digits",
+    "Distillation",
+    "Divergence",
     "Images",
+    "Photos",
     "Progress",
     "Report",
     "Run",
     "StopSignal",
+    "Teacher",
+    "Views",
     "advice",
     "check_classes",
     "cores",
@@ -36,6 +42,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "join_group",
+    "open_photos",
     "open_validation",
     "parse_with_recipe",
     "plot_curves",

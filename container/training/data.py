@@ -1,14 +1,17 @@
 """Datasets of a training run: folders, tar files, WebDataset, Hugging Face and torchvision datasets, or digits."""
 
+import hashlib
 import os
 import tarfile
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
+from fnmatch import fnmatch
 from itertools import chain, takewhile, zip_longest
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from PIL import Image, ImageOps
 from timm.data import ImageDataset, create_dataset
@@ -20,7 +23,17 @@ from torch.utils.data import Dataset
 
 from container.images import open_rgb
 
-__all__ = ["Digits", "Images", "check_classes", "create_datasets", "mend_posterize", "open_validation", "operations"]
+__all__ = [
+    "Digits",
+    "Images",
+    "Photos",
+    "check_classes",
+    "create_datasets",
+    "mend_posterize",
+    "open_photos",
+    "open_validation",
+    "operations",
+]
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
@@ -147,6 +160,49 @@ class ClassFolders(Reader):
         return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
 
 
+class Photos(Reader):
+    """All images below some folders, in one order for every process; labels are not read, `targets` are 0.
+
+    Args:
+        roots: The folders.
+        exclude: Pattern of file names that are left out, as in `fnmatch`.
+
+    Raises:
+        PermissionError: A folder cannot be read.
+        ValueError: A folder has no image.
+    """
+
+    def __init__(self, roots: list[Path], exclude: str | None = None) -> None:
+        super().__init__()
+        self.roots, suffixes = roots, get_img_extensions(as_set=True)
+        self.left_out: Counter[str] = Counter()  # files by suffix
+        self.samples: list[tuple[str, str]] = []  # root, path in it
+        for root in roots:
+            found = []
+            for place, folders, files in os.walk(root, onerror=_raise):
+                folders.sort()
+                for file in files:
+                    if (suffix := os.path.splitext(file)[1].lower()) not in suffixes:
+                        self.left_out[suffix or "none"] += not file.startswith(".")
+                    elif not (exclude and fnmatch(file, exclude)):
+                        found.append(os.path.relpath(os.path.join(place, file), root))
+            if not found:
+                raise ValueError(f"no images in {root}{f' but {exclude}' if exclude else ''}")
+            self.samples += [(str(root), path) for path in sorted(found)]
+        self.left_out += Counter()  # without those that count 0
+        self.targets = np.zeros(len(self), dtype=np.int64)
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        return open(os.path.join(*self.samples[index]), "rb"), int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.samples)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        root, path = self.samples[index]
+        return os.path.basename(path) if basename else os.path.join(root, path) if absolute else path
+
+
 def _raise(error: OSError) -> None:
     raise PermissionError(f"folder {error.filename} cannot be read")
 
@@ -205,12 +261,12 @@ class Images(ImageDataset):
 
     Args:
         root: A folder of class folders, or a tar file; with a reader, as timm's.
-        reader: '' or timm's 'hfds/NAME'.
+        reader: '' or timm's 'hfds/NAME', or a reader.
         train: Whether for training.
         split: As timm's.
     """
 
-    def __init__(self, root: str | None, reader: str = "", train: bool = False, split: str = "train") -> None:
+    def __init__(self, root: str | None, reader: str | Reader = "", train: bool = False, split: str = "train") -> None:
         path = Path(root or "")
         super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
         self.train = train
@@ -221,8 +277,9 @@ class Images(ImageDataset):
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
         self.classes = sorted(by_index, key=by_index.__getitem__)
         others: Any = getattr(self.reader, "left_out", Counter())
+        where = ", ".join(map(str, getattr(self.reader, "roots", [root])))
         self.left_out = (
-            f"{others.total()} files with other suffixes ({', '.join(sorted(others))}) in {root} are not used"
+            f"{others.total()} files with other suffixes ({', '.join(sorted(others))}) in {where} are not used"
             if others
             else ""
         )
@@ -258,6 +315,10 @@ class Images(ImageDataset):
         names = [self.filename(int(i)) for i in new.nonzero()]
         self.check_unreadable(self._told)
         return names
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell these images, by their names in their order, from others."""
+        return hashlib.sha256("\n".join(self.filenames()).encode()).hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
         """Refuses to go on without too many images.
@@ -321,6 +382,29 @@ def open_validation(data_dir: str | Path) -> tuple[Images, int]:
         root = _split(root, _VAL_NAMES)
     images = Images(str(root))
     return images, len(images.classes)
+
+
+def open_photos(folders: list[str], exclude: str | None = None) -> tuple[Images, Images]:
+    """Opens photos whose labels are not read, to train on and to validate on.
+
+    Args:
+        folders: Their `train` and `val` (or `validation`, `test`); one without them is to be trained on as a whole.
+        exclude: Pattern of names of files that are left out.
+
+    Raises:
+        OSError: A folder is missing, or cannot be read.
+        ValueError: A folder has no images, or no folder has a part to validate on.
+    """
+    train, val = [], []
+    for root in map(Path, folders):
+        if not root.is_dir():
+            raise FileNotFoundError(f"no folder {root}")
+        held_out = [root / name for name in _VAL_NAMES if (root / name).is_dir()]
+        train.append(root / "train" if (root / "train").is_dir() or held_out else root)
+        val += held_out[:1]
+    if not val:
+        raise ValueError(f"none of {', '.join(folders)} has a folder {' or '.join(_VAL_NAMES)} to validate on")
+    return Images(None, Photos(train, exclude), train=True), Images(None, Photos(val, exclude))
 
 
 def create_datasets(

@@ -2,6 +2,7 @@
 
 import argparse
 import math
+import os
 import signal
 import sys
 import time
@@ -28,7 +29,8 @@ from tqdm import tqdm
 from container.files import write_atomically
 
 from .checkpoint import Checkpoints, Progress, lock
-from .data import Images, check_classes
+from .data import Images, Photos, check_classes
+from .distill import Distillation, Teacher, Views
 from .distributed import Agreement, StopSignal, any_of
 from .loader import advice, create_train_loader, create_val_loader, end_workers, epoch_batches, growing
 from .loop import HALF, Compute, StoppedError, evaluate, train_one_epoch
@@ -40,7 +42,7 @@ __all__ = ["Run", "tell_unreadable"]
 # What may differ between a run and its continuation; the images of a step may be divided anew between processes.
 FREE = {"output", "resume", "recipe", "save_steps", "save_minutes", "log_steps", "wandb", "device", "workers"}
 FREE |= {"data_dir", "batch_size", "grad_accum"}
-FREE |= {"checkpoint", "pretrained", "teacher_checkpoint"}  # where the beginning was
+FREE |= {"checkpoint", "pretrained", "teacher_checkpoint", "view_dir"}  # where the beginning was
 FREE |= {"compile", "channels_last", "grad_checkpointing"}  # how the same is computed
 FREE |= {"eval", "dry_run", "real_labels"}
 BAD_STEPS = 20  # in a row, without a finite gradient, end a run
@@ -95,12 +97,21 @@ class Run:
         task: Its loss, compiled and distributed.
         train_set: Images to train on.
         val_set: Images to validate on.
+        teacher: Whose logits are learned, if labels are not.
 
     Raises:
         RuntimeError, ValueError: Data, model or settings do not fit each other.
     """
 
-    def __init__(self, args: argparse.Namespace, model: Any, task: TrainingTask, train_set: Any, val_set: Any) -> None:
+    def __init__(
+        self,
+        args: argparse.Namespace,
+        model: Any,
+        task: TrainingTask,
+        train_set: Any,
+        val_set: Any,
+        teacher: Teacher | None = None,
+    ) -> None:
         self.args, self.rank, self.world = args, dist.get_rank(), dist.get_world_size()
         self.model, self.task, self.train_set, self.val_set = model, task, train_set, val_set
         self.compute = Compute(task.device, args.amp, args.channels_last)
@@ -147,6 +158,8 @@ class Run:
         self.mixup = None
         if args.mixup or args.cutmix:
             self.mixup = Mixup(args.mixup, args.cutmix, label_smoothing=args.smoothing, num_classes=model.num_classes)
+        self.teacher = teacher
+        self.distillation: Distillation | None = None
         self.progress = Progress()
         self.signal = StopSignal()
         self.stopped = False  # whether a process was told to stop, as far as all know
@@ -168,6 +181,8 @@ class Run:
             self.parts["state_dict_ema"] = unwrap_model(self.task.get_trainable_module(ema=True))
         self.fixed = {key: value for key, value in vars(args).items() if key not in FREE}
         self.fixed |= dict(images=self.images, steps=self.steps, class_names=getattr(train_set, "classes", None))
+        if teacher is not None:
+            self.fixed["teacher_weights"] = teacher.digest()
 
     def train_loader(self, size: int) -> PrefetchLoader:
         """Training images of a size."""
@@ -220,6 +235,8 @@ class Run:
             for key, part in self.parts.items():
                 part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
+        if self.teacher is not None:
+            self.distillation = self.begin_distillation(self.teacher)
         if self.rank == 0:
             (self.output / "stopped").unlink(missing_ok=True)
             self.report = Report(self.output, self.progress.epoch, self.args.wandb, vars(self.args))
@@ -230,6 +247,31 @@ class Run:
             names = dict(label_names=names) if (names := self.fixed["class_names"]) else {}
             save_config_for_hf(self.model, str(self.output / "config.json"), names, None, self.config)
         return state is not None
+
+    def begin_distillation(self, teacher: Teacher) -> Distillation:
+        """Opens the views that repeat, and lets the teacher say what is in photos to validate on."""
+        args, config = self.args, self.config
+        passes, views, kept = self.steps * args.grad_accum, None, None
+        if args.view_epochs:
+            names = ["teacher", "teacher_size", "seed", "scale", "train_interpolation", "hflip", "aa", "color_jitter"]
+            names += ["aug_repeats", "reprob", "mixup", "cutmix", "loader"]
+            shape = [args.batch_size, *config["input_size"]]
+            made_from = {name: getattr(args, name) for name in names}
+            made_from |= {key: config[key] for key in ("mean", "std", "interpolation")}
+            made_from |= dict(weights=self.fixed["teacher_weights"], shape=shape, passes=passes, processes=self.world)
+            if isinstance(self.train_set, Images):
+                made_from["photos"] = self.train_set.digest()
+            if isinstance(self.val_set, Images):
+                made_from["held_out"] = self.val_set.digest()
+            folder = [args.view_dir or os.path.join(args.output, "views")]
+            dist.broadcast_object_list(folder)
+            views = Views(Path(folder[0]), made_from, tuple(shape), self.model.num_classes, passes, self.rank)
+            kept = views.folder / "held-out.npy"
+        if isinstance(self.val_set, Images) and isinstance(self.val_set.reader, Photos):
+            teacher.label(self.val_set, config, args.batch_size, args.workers, kept)
+        return Distillation(
+            teacher, self.mix, args.seed, passes, config["mean"], config["std"], views, args.view_epochs
+        )
 
     @property
     def done(self) -> int:
@@ -309,7 +351,10 @@ class Run:
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
         """The batches of this epoch that are left; how long each is waited for is noted."""
         progress = self.progress
-        batches = epoch_batches(self.loader, self.args.seed, progress.epoch, progress.step * self.args.grad_accum)
+        first = progress.step * self.args.grad_accum
+        draw = partial(epoch_batches, self.loader, self.args.seed)
+        source = self.distillation.batches(progress.epoch, first, draw) if self.distillation else None
+        batches = source or draw(progress.epoch, first)
         while True:
             waiting = time.perf_counter()
             batch = next(batches)
@@ -317,6 +362,10 @@ class Run:
             yield batch
 
     def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        """Erases and mixes; of a teacher alone, also asks it."""
+        return self.distillation.prepare(images, targets) if self.distillation else self.mix(images, targets)
+
+    def mix(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Erases, then mixes."""
         images = self.erase(images)
         return self.mixup(images, targets) if self.mixup else (images, targets)

@@ -1,0 +1,276 @@
+"""Learning from a teacher alone: its logits for views of photos, which are kept on disk where views repeat."""
+
+import hashlib
+import io
+import json
+import os
+import zlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import torch.distributed as dist
+from timm.models import create_model
+from torch import Tensor, nn
+from torch.nn.functional import interpolate, kl_div, log_softmax
+
+from container.files import write_atomically
+
+from .data import Images
+from .loader import create_val_loader
+from .loop import Compute
+from .seeding import seed_everything
+
+__all__ = ["Distillation", "Divergence", "Teacher", "Views"]
+
+
+class Divergence(nn.Module):
+    """T^2 KL(softmax(t / T) || softmax(s / T)), the mean over a batch, of a student's logits s from a teacher's t.
+
+    The factor keeps the size of gradients over temperatures (Hinton et al. 2015, section 2).
+
+    Args:
+        temperature: T.
+    """
+
+    def __init__(self, temperature: float) -> None:
+        super().__init__()
+        self.temperature = temperature
+
+    def forward(self, logits: Tensor, of_teacher: Tensor) -> Tensor:
+        """The divergence, for two tensors of shape (batch, classes)."""
+        ours, theirs = (log_softmax(t.float() / self.temperature, dim=-1) for t in (logits, of_teacher))
+        return kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
+
+
+class Teacher:
+    """A trained model that answers with logits for the views that a student sees, however large it wants them.
+
+    Args:
+        name: A timm model.
+        checkpoint: Its weights, or None for its pretrained ones.
+        size: Side of its images: views are enlarged, or made smaller, bicubic. None leaves them as they are.
+        mean: Of the student's normalization.
+        std: Of the same.
+        compute: Where, and in which type.
+
+    Raises:
+        OSError, RuntimeError, ValueError: As timm has it, for weights that it does not get or that do not fit.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        checkpoint: str | None,
+        size: int | None,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        compute: Compute,
+    ) -> None:
+        overlay = dict(file=checkpoint) if checkpoint else None
+        self.name, self.size, self.compute = name, size, compute
+        model: Any = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        self.model = model.eval().requires_grad_(False).to(compute.device, memory_format=torch.channels_last)
+        own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
+        self.scale, self.shift = (
+            torch.tensor(values, device=compute.device).view(1, -1, 1, 1)
+            for values in (
+                [s / own_s for s, own_s in zip(std, own[1], strict=True)],
+                [(m - own_m) / own_s for m, own_m, own_s in zip(mean, *own, strict=True)],
+            )
+        )
+
+    @torch.no_grad()
+    def __call__(self, images: Tensor) -> Tensor:
+        """Logits (batch, classes) in half precision, for images (batch, 3, side, side) normalized for the student."""
+        if self.size not in (None, images.shape[-1]):
+            images = interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
+        images = torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
+        with self.compute.autocast():
+            return self.model(images).half()
+
+    def label(
+        self, photos: Images, config: dict[str, Any], batch_size: int, workers: int, kept: Path | None = None
+    ) -> None:
+        """Lets the class of every photo be the one that the teacher sees in it, on all processes.
+
+        Args:
+            photos: Of a `Photos`.
+            config: How they are prepared: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+            batch_size: Photos at a time.
+            workers: Processes that load.
+            kept: File to read the answers from, or to keep them in.
+        """
+        known = [np.load(kept) if kept is not None and kept.exists() else None]
+        dist.broadcast_object_list(known)
+        if known[0] is not None:
+            photos.reader.targets = known[0]
+            return
+        loader = create_val_loader(photos, config, batch_size, workers, self.compute.device)
+        found = torch.cat([self(images).argmax(dim=1) for images, _ in loader])
+        everywhere = [torch.empty_like(found) for _ in range(dist.get_world_size())]
+        dist.all_gather(everywhere, found)  # the sampler gives process r photos r, r + world, ...
+        photos.reader.targets = torch.stack(everywhere, dim=1).flatten()[: len(photos)].cpu().numpy()
+        if kept is not None and dist.get_rank() == 0:
+            buffer = io.BytesIO()
+            np.save(buffer, photos.reader.targets)
+            write_atomically(kept, buffer.getbuffer())
+
+    def digest(self) -> str:
+        """16 hexadecimal digits that tell these weights from others."""
+        content = hashlib.sha256()
+        for key, tensor in self.model.state_dict().items():
+            content.update(key.encode() + tensor.cpu().numpy().tobytes())
+        return content.hexdigest()[:16]
+
+
+class Views:
+    """What a student saw in some epochs, and what its teacher said: read again when these epochs come again.
+
+    A file for each epoch and process holds a record for each of its batches: pixels (uint8, before mixing), the
+    teacher's logits (half precision, for the mixed images) and a checksum. What is damaged or not finished is drawn,
+    asked and written again. Files of other settings lie in folders of their own.
+
+    Args:
+        folder: Where the folder of these views is made.
+        made_from: Settings that determine views and answers, plain values.
+        shape: Of a batch: (images, 3, side, side).
+        classes: Of the teacher.
+        passes: Batches in an epoch.
+        rank: Whose share this is.
+
+    Raises:
+        OSError: The folder cannot be written.
+    """
+
+    def __init__(
+        self, folder: Path, made_from: dict[str, Any], shape: tuple[int, ...], classes: int, passes: int, rank: int
+    ) -> None:
+        said = json.dumps(made_from, sort_keys=True, indent=1)
+        self.folder = folder / hashlib.sha256(said.encode()).hexdigest()[:16]
+        self.folder.mkdir(parents=True, exist_ok=True)
+        (self.folder / "made_from.json").write_text(said, encoding="utf-8")
+        self.shape, self.classes, self.passes, self.rank = shape, classes, passes, rank
+        self.pixels = int(np.prod(shape))
+        self.record = self.pixels + 2 * shape[0] * classes + 4
+        self.known: dict[int, set[int]] = {}  # epoch: its whole records
+
+    def path(self, epoch: int) -> Path:
+        """The file of an epoch."""
+        return self.folder / f"{epoch:04d}-{self.rank}.views"
+
+    def whole(self, epoch: int, first: int = 0) -> bool:
+        """Whether all batches of an epoch from `first` on are there."""
+        if epoch not in self.known:
+            self.known[epoch] = set()
+            if self.path(epoch).exists():
+                with self.path(epoch).open("rb") as file:
+                    for i in range(self.passes):
+                        if self._is_whole(file.read(self.record)):
+                            self.known[epoch].add(i)
+        return self.known[epoch] >= set(range(first, self.passes))
+
+    def _is_whole(self, record: bytes) -> bool:
+        return len(record) == self.record and zlib.crc32(record[:-4]).to_bytes(4, "big") == record[-4:]
+
+    def read(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
+        """Pixels and logits of an epoch's batches, from `first` on, of which `whole` said that they are there."""
+        size = self.passes * self.record
+        content = torch.from_file(str(self.path(epoch)), shared=False, size=size, dtype=torch.uint8)
+        for record in content.view(self.passes, self.record)[first:]:
+            logits = record[self.pixels : -4].clone().view(torch.float16)  # cloned: it may lie at an odd place
+            yield record[: self.pixels].view(self.shape), logits.view(self.shape[0], self.classes)
+
+    def write(self, epoch: int, i: int, pixels: Tensor, logits: Tensor) -> None:
+        """Keeps a batch.
+
+        Args:
+            epoch: Of the views.
+            i: The batch's number in it.
+            pixels: (images, 3, side, side), uint8.
+            logits: (images, classes), half precision.
+
+        Raises:
+            OSError: The disk is full.
+        """
+        parts = [t.detach().cpu().contiguous().numpy().tobytes() for t in (pixels, logits)]
+        content = b"".join(parts)
+        descriptor = os.open(self.path(epoch), os.O_WRONLY | os.O_CREAT)
+        with open(descriptor, "wb") as file:
+            file.seek(i * self.record)
+            file.write(content + zlib.crc32(content).to_bytes(4, "big"))
+        self.known.setdefault(epoch, set()).add(i)
+
+
+class Distillation:
+    """The batches of a run that learns from a teacher alone: views, and what the teacher says of them.
+
+    Args:
+        teacher: Asked for each view once.
+        mix: Erases and mixes images and labels (which do not matter), under the seed of the view.
+        seed: The run's.
+        passes: Batches in an epoch.
+        mean: Of the student's normalization.
+        std: Of the same.
+        views: Where they are kept, or None if no view repeats.
+        repeat: Epochs after which views repeat.
+    """
+
+    def __init__(
+        self,
+        teacher: Teacher,
+        mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
+        seed: int,
+        passes: int,
+        mean: tuple[float, ...],
+        std: tuple[float, ...],
+        views: Views | None = None,
+        repeat: int = 0,
+    ) -> None:
+        self.teacher, self.mix, self.seed, self.passes = teacher, mix, seed, passes
+        self.views, self.repeat = views, repeat
+        # As timm's loader computes, so that pixels from the disk become the same images to the bit.
+        self.mean, self.std = (
+            torch.tensor([255 * x for x in values], device=teacher.compute.device).view(1, 3, 1, 1)
+            for values in (mean, std)
+        )
+        self.epoch = self.at = 0
+        self.known: Tensor | None = None  # the teacher's logits for this batch
+
+    def batches(
+        self, epoch: int, first: int, draw: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Batches of an epoch, from `first` on.
+
+        Args:
+            epoch: Of the run.
+            first: Batch to begin with.
+            draw: Gives batches of images and labels for an epoch and its first batch.
+        """
+        self.epoch = epoch
+        view = epoch % self.repeat if self.repeat else epoch
+        if self.views is None or not self.views.whole(view, first):
+            for self.at, batch in enumerate(draw(view, first), first):
+                yield batch
+            return
+        device = self.teacher.compute.device
+        for at, (pixels, logits) in enumerate(self.views.read(view, first), first):
+            self.at, self.known = at, logits.to(device)
+            images = pixels.to(device).float().sub_(self.mean).div_(self.std)
+            yield images, torch.zeros(len(images), dtype=torch.long, device=device)
+
+    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
+        """A batch as it is learned: erased and mixed, with the teacher's logits for what came of it."""
+        view = self.epoch % self.repeat if self.repeat else self.epoch
+        pixels = None
+        if self.views is not None and self.known is None:
+            pixels = (images * self.std).add_(self.mean).round_().byte()
+        seed_everything(self.seed, view * self.passes + self.at, dist.get_rank(), 1)
+        images, _ = self.mix(images, labels)
+        seed_everything(self.seed, self.epoch * self.passes + self.at, dist.get_rank(), 1)
+        logits, self.known = self.teacher(images) if self.known is None else self.known, None
+        if self.views is not None and pixels is not None:
+            self.views.write(view, self.at, pixels, logits)
+        return images, logits
