@@ -244,6 +244,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
+def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[str]]:
+    """Number of classes that a model's weights know, and the names of these, if anybody says them.
+
+    Args:
+        name: A timm model.
+        checkpoint: A file of weights, or None for the model's pretrained ones.
+    """
+    cfg = get_pretrained_cfg(name)
+    known = cfg.num_classes if cfg else 0
+    if checkpoint and cfg is not None:
+        known = len(container.weights.read(checkpoint).get(f"{cfg.classifier}.weight", ()))
+    if not known:
+        raise ValueError(f"{checkpoint or name} does not say how many classes it knows")
+    names = container.weights.class_names(checkpoint) if checkpoint else None
+    subset = infer_imagenet_subset(dict(num_classes=known)) if not names else None
+    return known, names or (ImageNetInfo(subset).label_names() if subset else [])
+
+
 def learns_alone(args: argparse.Namespace) -> bool:
     """Whether a teacher's logits are all that is learned, and labels are not read."""
     return bool(args.teacher) and args.distill == 1
@@ -324,13 +342,9 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     if args.eval and args.data_dir and not args.dataset:
         return (None, *open_validation(args.data_dir))
     if learns_alone(args) and args.data_dir and not args.dataset:
-        cfg = get_pretrained_cfg(args.teacher)
-        if cfg is None or not cfg.num_classes:
-            raise ValueError(f"{args.teacher} does not say how many classes it knows")
         train, val = open_photos(args.data_dir, args.exclude)
-        subset = infer_imagenet_subset(cfg.to_dict())
-        train.classes = val.classes = ImageNetInfo(subset).label_names() if subset else []
-        return train, val, cfg.num_classes
+        num_classes, train.classes = known_classes(args.teacher, args.teacher_checkpoint)
+        return train, val, num_classes
     splits = (args.train_split, args.val_split)
     return create_datasets(args.data_dir, args.dataset, splits, args.num_classes, args.batch_size, args.seed)
 
@@ -374,14 +388,14 @@ def build_teacher(args: argparse.Namespace, model: Any, device: torch.device) ->
     """The teacher, if it is the only one to learn from."""
     if not learns_alone(args):
         return None
+    known, _ = known_classes(args.teacher, args.teacher_checkpoint)
+    if known != model.num_classes:
+        raise ValueError(f"{args.teacher} knows {known} classes, and the data has {model.num_classes}")
     config = resolve_model_data_config(model)
     compute = Compute(device, args.amp, channels_last=True)
-    teacher = Teacher(args.teacher, args.teacher_checkpoint, args.teacher_size, config["mean"], config["std"], compute)
-    if teacher.model.num_classes != model.num_classes:
-        raise ValueError(
-            f"{args.teacher} knows {teacher.model.num_classes} classes, and the data has {model.num_classes}"
-        )
-    return teacher
+    return Teacher(
+        args.teacher, args.teacher_checkpoint, known, args.teacher_size, config["mean"], config["std"], compute
+    )
 
 
 def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:

@@ -706,6 +706,18 @@ def test_a_continued_run_is_checked(here, capsys):
     assert forced == {"lr_base": [0.0005, 0.001]}
 
 
+def test_forced_settings_are_those_that_count(here, tmp_path):
+    """A longer schedule, another rate and another decay from here on, not those in the checkpoint."""
+    settings = ("--epochs", "5", "--lr-base", "1e-2", "--weight-decay", "0.2")
+    whole = here(*PLAIN, *settings, output="whole")
+    here(*PLAIN, "--epochs", "2")
+    forced = here(*PLAIN, *settings, "--resume", "force")
+    rates = [row["lr"] for row in rows(tmp_path / "output")]
+    assert rates[2:] == [row["lr"] for row in rows(tmp_path / "whole")][2:] and rates[1] != rates[2]
+    found, wanted = ([g["weight_decay"] for g in saved["optimizer"]["param_groups"]] for saved in (forced, whole))
+    assert found == wanted and 0.2 in found
+
+
 def test_a_damaged_checkpoint_is_passed_over(here, tmp_path, capsys):
     whole = here("--epochs", "3", "--resume", "auto", output="whole")
     here("--epochs", "3", "--resume", "auto")
@@ -789,6 +801,16 @@ def test_cifar10(tmp_path):
         (None, ["--checkpoint", "none.pth"], "no checkpoint at none.pth"),
         (None, ["--eval"], "--eval needs --checkpoint FILE or --pretrained"),
         (None, ["--teacher", "test_convnext"], "test_convnext knows 1000 classes, and the data has 2"),
+        (None, ["--view-epochs", "2"], "are for --teacher NAME --distill 1"),
+        (None, ["--distill", "1.5"], "--distill 1.5 is not in [0, 1]"),
+        (None, ["--temperature", "0"], "--temperature 0.0 is not positive"),
+        (None, ["--data-dir", "a", "b"], "2 folders, but only a teacher's logits (--distill 1) are learned from many"),
+        (
+            None,
+            ["--teacher", "test_convnext", "--distill", "1", "--view-epochs", "2", "--start-size", "32"],
+            "--start-size and --mixup-off-epoch change views, which --view-epochs repeats",
+        ),
+        (None, ["--teacher", "test_convnext", "--distill", "1", "--exclude", "*"], "but *"),
         (None, ["--aa", "nonsense"], "Unknown AA policy nonsense"),
         (None, ["--lr-base", "1e30", "--warmup-lr", "1e30", *PLAIN], "loss is nan in epoch 1, step 2, at lr "),
         (None, ["--device", "gpu"], "device type at start of device string: gpu"),
@@ -796,7 +818,7 @@ def test_cifar10(tmp_path):
         (
             None,
             ["--recipe", "none"],
-            "no recipe none; there are 100, cifar10, digits, fast, finetune, linear, modern, paper, smoke",
+            "no recipe none; there are 100, cifar10, digits, distill, fast, finetune, linear, modern, paper, smoke",
         ),
         (None, ["--recipe", "digits", "--best", "ema"], "--best ema needs --ema-decay"),
     ],

@@ -400,7 +400,9 @@ def open_photos(folders: list[str], exclude: str | None = None) -> tuple[Images,
         if not root.is_dir():
             raise FileNotFoundError(f"no folder {root}")
         held_out = [root / name for name in _VAL_NAMES if (root / name).is_dir()]
-        train.append(root / "train" if (root / "train").is_dir() or held_out else root)
+        if held_out and not (root / "train").is_dir():
+            raise FileNotFoundError(f"{root} has a folder {held_out[0].name}, but no folder train")
+        train.append(root / "train" if held_out or (root / "train").is_dir() else root)
         val += held_out[:1]
     if not val:
         raise ValueError(f"none of {', '.join(folders)} has a folder {' or '.join(_VAL_NAMES)} to validate on")

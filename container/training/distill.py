@@ -51,6 +51,7 @@ class Teacher:
     Args:
         name: A timm model.
         checkpoint: Its weights, or None for its pretrained ones.
+        num_classes: That it knows.
         size: Side of its images: views are enlarged, or made smaller, bicubic. None leaves them as they are.
         mean: Of the student's normalization.
         std: Of the same.
@@ -64,14 +65,15 @@ class Teacher:
         self,
         name: str,
         checkpoint: str | None,
+        num_classes: int,
         size: int | None,
         mean: tuple[float, ...],
         std: tuple[float, ...],
         compute: Compute,
     ) -> None:
-        overlay = dict(file=checkpoint) if checkpoint else None
+        overlay = dict(file=checkpoint, num_classes=num_classes) if checkpoint else None
         self.name, self.size, self.compute = name, size, compute
-        model: Any = create_model(name, pretrained=True, pretrained_cfg_overlay=overlay)
+        model: Any = create_model(name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
         self.model = model.eval().requires_grad_(False).to(compute.device, memory_format=torch.channels_last)
         own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
         self.scale, self.shift = (

@@ -49,6 +49,20 @@ def estimate(
     )
 
 
+def teaching(run: Any) -> str:
+    """A line on what is learned from a teacher alone, and what that takes; or ''."""
+    args = run.args
+    if run.teacher is None:
+        return ""
+    size = f" at {args.teacher_size} px" if args.teacher_size else ""
+    line = f"learns the logits of {args.teacher}{size} at temperature {args.temperature:g}, and no labels"
+    if args.view_epochs:
+        view = 3 * run.size**2 + 2 * run.model.num_classes
+        kept = min(args.view_epochs, args.epochs) * run.steps * run.images * view / 2**30
+        line += f"; views repeat after {args.view_epochs} epochs and take {kept:.1f} GiB on the disk"
+    return f"{line}\n"
+
+
 def describe(run: Any) -> str:
     """What a `Run` is going to do, in some lines."""
     args, cost = run.args, run.cost
@@ -69,6 +83,7 @@ def describe(run: Any) -> str:
         f"({run.processes} x {args.batch_size} x {args.grad_accum})\n"
         f"learning rate {args.warmup_lr:.1e} to {run.lr:.1e} in {run.warmup_epochs} epochs, "
         f"then to {args.min_lr:.1e}\n"
+        f"{teaching(run)}"
         f"{''.join(told)}"
         f"on {torch.device(args.device).type}, memory about {cost['gib']:.2f} GiB per process, "
         f"{args.workers} loaders each\n"

@@ -210,14 +210,15 @@ class Run:
             OSError: The folder cannot be written.
             ValueError: The run in it has other settings.
         """
+        args = self.args
         saved: list[Any] = [None]
         if self.rank == 0:
-            self.output = Path(self.args.output if self.args.resume else get_outdir(self.args.output, inc=True))
+            self.output = Path(args.output if args.resume else get_outdir(args.output, inc=True))
             self.output.mkdir(parents=True, exist_ok=True)
-            self.args.output = str(self.output)
+            args.output = str(self.output)
             self.lock = lock(self.output)
             self.checkpoints = Checkpoints(self.output)
-            if self.args.resume:
+            if args.resume:
                 saved = [self.checkpoints.load()]
                 if saved == [None] and (damaged := self.checkpoints.damaged()):
                     raise ValueError(
@@ -226,23 +227,30 @@ class Run:
         dist.broadcast_object_list(saved)  # nodes need not share a disk
         if (state := saved[0]) is not None:
             fixed = state["fixed"]
-            check_classes(f"the run in {self.args.output}", fixed.get("class_names"), self.fixed["class_names"])
+            check_classes(f"the run in {args.output}", fixed.get("class_names"), self.fixed["class_names"])
             for key, value in self.fixed.items():
                 if fixed.get(key, value) != value:  # a later version may know more settings
-                    if self.args.resume != "force":
-                        raise ValueError(f"{self.args.output} was begun with {key} {fixed[key]}, not {value}")
+                    if args.resume != "force":
+                        raise ValueError(f"{args.output} was begun with {key} {fixed[key]}, not {value}")
                     self.forced[key] = [fixed[key], value]
+            options = [{key: value for key, value in g.items() if key != "params"} for g in self.optimizer.param_groups]
             for key, part in self.parts.items():
-                part.load_state_dict(state[key])
+                if not (self.forced and key == "scheduler"):
+                    part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
+            if self.forced:  # torch's states bring their settings along; here those of this call count
+                for group, own in zip(self.optimizer.param_groups, options, strict=True):
+                    group.update(own)
+                self.scheduler.step(max(0, self.progress.epoch - args.sched_lag))
+                self.scheduler.step_update(self.done)
         if self.teacher is not None:
             self.distillation = self.begin_distillation(self.teacher)
         if self.rank == 0:
             (self.output / "stopped").unlink(missing_ok=True)
-            self.report = Report(self.output, self.progress.epoch, self.args.wandb, vars(self.args))
-            self.log = StepLog(self.output, self.done, self.images, self.args.log_steps, self.report.wandb)
+            self.report = Report(self.output, self.progress.epoch, args.wandb, vars(args))
+            self.log = StepLog(self.output, self.done, self.images, args.log_steps, self.report.wandb)
             self.environment = describe_environment(self.task.device)
-            write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(self.args)).encode())
+            write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(args)).encode())
             # With the weights it is what timm's `local-dir:` reads.
             names = dict(label_names=names) if (names := self.fixed["class_names"]) else {}
             save_config_for_hf(self.model, str(self.output / "config.json"), names, None, self.config)
