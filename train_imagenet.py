@@ -214,7 +214,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error(f"--temperature {args.temperature} is not positive")
     if not 0 <= args.distill <= 1:
         parser.error(f"--distill {args.distill} is not in [0, 1]")
-    if not learns_alone(args) and (args.exclude or args.view_epochs or args.view_dir or args.teacher_size):
+    if not (learns_alone(args) or args.eval) and (
+        args.exclude or args.view_epochs or args.view_dir or args.teacher_size
+    ):
         parser.error("--exclude, --teacher-size, --view-epochs and --view-dir are for --teacher NAME --distill 1")
     if args.view_epochs and (args.start_size or args.mixup_off_epoch):
         parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
@@ -252,19 +254,17 @@ def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[s
         checkpoint: A file of weights, or None for the model's pretrained ones.
     """
     cfg = get_pretrained_cfg(name)
-    known = cfg.num_classes if cfg else 0
+    known, names = cfg.num_classes if cfg else 0, getattr(cfg, "label_names", None)
     if checkpoint and cfg is not None:
         known = len(container.weights.read(checkpoint).get(f"{cfg.classifier}.weight", ()))
-    if not known:
-        raise ValueError(f"{checkpoint or name} does not say how many classes it knows")
-    names = container.weights.class_names(checkpoint) if checkpoint else None
-    subset = infer_imagenet_subset(dict(num_classes=known)) if not names else None
-    return known, names or (ImageNetInfo(subset).label_names() if subset else [])
+        names = container.weights.class_names(checkpoint)
+    subset = None if names else infer_imagenet_subset(dict(num_classes=known))
+    return known, list(names or (ImageNetInfo(subset).label_names() if subset else ()))
 
 
 def learns_alone(args: argparse.Namespace) -> bool:
     """Whether a teacher's logits are all that is learned, and labels are not read."""
-    return bool(args.teacher) and args.distill == 1
+    return bool(args.teacher) and args.distill == 1 and not args.eval
 
 
 def _has_drop_path(name: str) -> bool:
@@ -344,6 +344,8 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     if learns_alone(args) and args.data_dir and not args.dataset:
         train, val = open_photos(args.data_dir, args.exclude)
         num_classes, train.classes = known_classes(args.teacher, args.teacher_checkpoint)
+        if not num_classes:
+            raise ValueError(f"{args.teacher_checkpoint or args.teacher} does not say how many classes it knows")
         return train, val, num_classes
     splits = (args.train_split, args.val_split)
     return create_datasets(args.data_dir, args.dataset, splits, args.num_classes, args.batch_size, args.seed)
@@ -402,7 +404,13 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
     """Evaluates --checkpoint or --pretrained weights, prints the result, and returns top-1 in percent."""
     real = None
     _, dataset, num_classes = open_data(args)
-    model = build_model(args, num_classes, device, getattr(dataset, "classes", None))
+    names = getattr(dataset, "classes", None)
+    known, known_names = known_classes(args.model, args.checkpoint)
+    part = None
+    if names and set(names) < set(known_names):  # as of ImageNet-A, ImageNet-R or Imagenette
+        part = torch.tensor([known_names.index(name) for name in names], device=device)
+        num_classes, names = known, known_names
+    model = build_model(args, num_classes, device, names)
     if args.real_labels:
         if dist.get_world_size() > 1:
             raise ValueError("--real-labels needs all images in one process")
@@ -415,7 +423,7 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
     task = ClassificationTask(model, device=device, verbose=False)
     compute = Compute(device, args.amp, args.channels_last)
     loader = create_val_loader(dataset, config, args.batch_size, args.workers, device)
-    metrics = evaluate(task, loader, compute, real=real)
+    metrics = evaluate(task, loader, compute, real=real, classes=part)
     tell_unreadable(dataset, "does not count")
     if dist.get_rank() == 0:
         side = " x ".join(map(str, config["input_size"][1:]))
@@ -423,6 +431,11 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
             print(told)
         print(f"{metrics['images']} images of {num_classes} classes at {side}, loss {metrics['loss']:.4f}")
         print(f"{metrics['top1']:.2f} % top-1, {metrics['top5']:.2f} % top-5")
+        if part is not None:
+            print(
+                f"{metrics['part_top1']:.2f} % top-1, {metrics['part_top5']:.2f} % top-5 among the {len(part)} classes "
+                "of these images"
+            )
         if real is not None:
             print(f"{real.get_accuracy(1):.2f} % top-1, {real.get_accuracy(5):.2f} % top-5 by {args.real_labels}")
     return metrics["top1"]

@@ -110,6 +110,7 @@ def evaluate(
     loader: Any,
     compute: Compute,
     real: RealLabelsImagenet | None = None,
+    classes: torch.Tensor | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
     """Loss, top-1 and top-5 (in percent) over the validation data, and how many `images` counted.
@@ -121,6 +122,8 @@ def evaluate(
         loader: Of the validation data. Images of class -1 do not count.
         compute: Type and layout.
         real: Is given all predictions, in the order of the data.
+        classes: The data's classes among those of the model, in the data's order, where they are a part. Accuracies
+            are then among all classes of the model, and `part_loss`, `part_top1`, `part_top5` among those of the data.
         stop: Asked now and then, on all processes at once, whether to leave it at that.
 
     Raises:
@@ -131,7 +134,7 @@ def evaluate(
     models: dict[str, Any] = {"": unwrap_model(task.get_eval_model())}
     if task.has_ema():
         models["ema_"] = unwrap_model(task.get_eval_model(ema=True))
-    evaluators = {prefix: task.create_evaluator() for prefix in models}
+    evaluators = {prefix: task.create_evaluator() for prefix in (*models, *(["part_"] if classes is not None else []))}
     left = evaluation_sample_limit(loader)  # what comes after pads the last batch
     for i, (images, targets) in enumerate(loader):
         if left is not None and i % 10 == 0 and stop():  # processes have as many batches, but of streams
@@ -143,7 +146,11 @@ def evaluate(
                 logits = model(compute.layout(images))[: len(targets)].float()
             if real is not None and not prefix:
                 real.add_result(logits)
-            evaluators[prefix].update(logits[count], targets[count])
+            logits, known = logits[count], targets[count]
+            if classes is not None:
+                evaluators["part_"].update(logits[:, classes], known)
+                known = classes[known]
+            evaluators[prefix].update(logits, known)
         left = None if left is None else left - len(targets)
     found: dict[str, float] = {}
     for prefix, evaluator in evaluators.items():

@@ -232,3 +232,23 @@ def test_a_student_comes_to_agree_with_its_teacher(distil, folder, tmp_path):
     _, val = open_photos([str(folder)])
     summary = json.loads((tmp_path / "output" / "summary.json").read_text())
     assert summary["data"]["classes"] == 10 and len(val) == summary["last"]["eval_images"]
+
+
+def test_images_of_a_part_of_the_classes(folder, tmp_path, capsys, monkeypatch):
+    """Counted among all classes of the weights, and among those that the images have."""
+    monkeypatch.chdir(tmp_path)
+    model = timm.create_model("container_light_nano", num_classes=4)
+    torch.nn.init.zeros_(model.head.fc.weight)
+    model.head.fc.bias.data = torch.tensor([1.0, 2.0, 5.0, 4.0])
+    names = ["bright", "dark", "other", "more"]  # of all, 'other' wins; of the two, 'dark'
+    save_file(model.state_dict(), "four.safetensors", dict(classes=json.dumps(names)))
+    arguments = (
+        "--eval --model container_light_nano --checkpoint four.safetensors --img-size 32 --workers 0 --batch-size 4"
+    )
+    main([*arguments.split(), "--data-dir", str(folder)])
+    said = capsys.readouterr().out
+    assert "12 images of 4 classes" in said and "\n0.00 % top-1, 100.00 % top-5\n" in said
+    assert "50.00 % top-1, 100.00 % top-5 among the 2 classes of these images" in said
+    (folder / "val" / "dark").rename(folder / "val" / "unknown")
+    with pytest.raises(SystemExit, match="number 1 is dark there, and unknown here"):
+        main([*arguments.split(), "--data-dir", str(folder)])
