@@ -622,16 +622,26 @@ def _cfg(**kwargs: Any) -> Dict[str, Any]:
     }
 
 
+def _packaged(name: str) -> str:
+    return os.path.join(os.path.dirname(__file__), "pretrained", f"{name}.safetensors")
+
+
+def _distilled(architecture: str) -> Dict[str, Any]:
+    """Weights that have learned what EfficientNet-Lite2 says of photos at 128 pixels."""
+    size = dict(input_size=(3, 128, 128), pool_size=(4, 4), crop_pct=0.95)
+    return _cfg(file=_packaged(f"{architecture}.lite2_dist"), license="other", **size)
+
+
 default_cfgs = generate_default_cfgs(
     {
         # No url: the authors' file lies on a share, without a hash. `container weights fetch` brings and pins it.
         "container_light.ai2_in1k": _cfg(origin_url="https://github.com/allenai/container", license="unknown"),
         "container_light_mlp4.untrained": _cfg(),
-        "container_light_nano.untrained": _cfg(),
+        "container_light_nano.lite2_dist": _distilled("container_light_nano"),
         "container_light_tiny.untrained": _cfg(),
         "container_light_base.untrained": _cfg(),
         "container_light_nano_32.cifar10": _cfg(
-            file=os.path.join(os.path.dirname(__file__), "pretrained", "container_light_nano_32.cifar10.safetensors"),
+            file=_packaged("container_light_nano_32.cifar10"),
             num_classes=10,
             label_names=(
                 *("airplane", "automobile", "bird", "cat", "deer"),
@@ -642,7 +652,7 @@ default_cfgs = generate_default_cfgs(
             crop_pct=1.0,
         ),
         "container.untrained": _cfg(),
-        "container_nano.untrained": _cfg(),
+        "container_nano.lite2_dist": _distilled("container_nano"),
         "container_pam.untrained": _cfg(fixed_input_size=True),
         "container_attention.untrained": _cfg(),
         "container_conv.untrained": _cfg(),

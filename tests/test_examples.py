@@ -60,6 +60,47 @@ def test_cells(cells, tmp_path, options):
         assert picture.size == (3 * 136 + 8, 2 * 104 + 8)
 
 
+@pytest.fixture
+def nuclei(tmp_path):
+    """Bright squares on dark images, in the layout of DSB 2018."""
+    for split, count in (("train", 4), ("val", 3)):
+        for name in ("images", "instances"):
+            (tmp_path / "dsb" / split / name).mkdir(parents=True)
+        for i in range(count):
+            instances = np.zeros((64, 80), dtype=np.uint16)
+            for k, left in enumerate((5, 30, 55), 300):  # more than 8 bits
+                instances[20:40, left : left + 18] = k
+            Image.fromarray(instances).save(tmp_path / "dsb" / split / "instances" / f"{i}.png")
+            Image.fromarray(np.uint8(40 + 150 * (instances > 0))).save(tmp_path / "dsb" / split / "images" / f"{i}.png")
+    return tmp_path / "dsb"
+
+
+def test_nuclei(nuclei, tmp_path):
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    small = ["--epochs", 1, "--batch-size", 2, "--crop", 48, "--channels", 16]
+    printed = run("segment_nuclei.py", "--data-dir", nuclei, *small, "--pretrained", cwd=tmp_path)
+    result = json.loads((tmp_path / "nuclei" / "result.json").read_text())
+    assert f"AP of masks {result['mask']:.1f} %, of boxes {result['box']:.1f} %, on 3 images held out" in printed
+    with Image.open(tmp_path / "nuclei" / "nuclei.png") as picture:
+        assert picture.size == (3 * 264 + 8, 2 * 264 + 8)
+
+
+def test_a_nucleus_is_a_mask_and_the_box_around_it(nuclei, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT)
+    pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
+    from examples.segment_nuclei import Nuclei
+
+    image, target = Nuclei(nuclei / "val")[0]
+    assert image.shape == (3, 64, 80) and target["masks"].shape == (3, 64, 80)
+    assert target["boxes"].tolist() == [[left, 20, left + 18, 40] for left in (5, 30, 55)]
+    assert target["masks"].sum((1, 2)).tolist() == [360] * 3
+    torch.manual_seed(1)
+    for _ in range(5):
+        image, target = Nuclei(nuclei / "train", 48)[0]
+        inside = (image[0] > 0.5).sum()
+        assert image.shape == (3, 48, 48) and inside - 4 <= target["masks"].sum() <= inside
+
+
 def test_cells_by_yolo(cells, tmp_path):
     pytest.importorskip("ultralytics", reason="Ultralytics is not installed")
     small = ["--epochs", 1, "--batch-size", 2, "--size", 64]

@@ -79,8 +79,9 @@ def test_list(monkeypatch, capsys):
     main(["list"])
     assert capsys.readouterr().out.splitlines() == ["the table", "of the zoo"]
     main(["weights", "list"])
-    header, released, ours = capsys.readouterr().out.splitlines()
+    header, released, *photos, ours = capsys.readouterr().out.splitlines()
     assert header.startswith("weights") and released.endswith(" no") and ours.endswith(str(PACKAGED))
+    assert len(photos) == 2 and all(line.endswith(".lite2_dist.safetensors") for line in photos)
     main(["weights", "show", OURS])
     shown, here = capsys.readouterr().out.split("here: ")
     assert json.loads(shown) == weights.manifest()[OURS] and here == f"{PACKAGED}\n"
@@ -89,7 +90,8 @@ def test_list(monkeypatch, capsys):
 def test_verify(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path))
     main(["weights", "verify"])
-    released, ours = capsys.readouterr().out.splitlines()
+    released, *photos, ours = capsys.readouterr().out.splitlines()
+    assert all(".lite2_dist: whole, sha256 " in line for line in photos)
     assert released == f"{RELEASED}: no file of {RELEASED} in {tmp_path}"
     assert ours == f"{OURS}: whole, sha256 {weights.manifest()[OURS]['file']['sha256']}, {PACKAGED}"
     shutil.copy(PACKAGED, tmp_path / f"{RELEASED}.safetensors")

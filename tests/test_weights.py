@@ -24,6 +24,7 @@ from container import weights
 from container.container import checkpoint_filter_fn, default_cfgs
 
 RELEASED, OURS = "container_light.ai2_in1k", "container_light_nano_32.cifar10"
+PHOTOS = ["container_light_nano.lite2_dist", "container_nano.lite2_dist"]
 PACKAGED = ROOT / "container" / "pretrained" / f"{OURS}.safetensors"
 SCHEMA = json.loads((ROOT / "container" / "weights_manifest.schema.json").read_text())
 MANIFEST = json.loads((ROOT / "weights_manifest.json").read_text())
@@ -91,18 +92,21 @@ def test_cfgs_and_manifest_say_the_same():
         assert cfg.label_names == (tuple(record["label_names"]) if record["label_names"] else None)
         assert cfg.license == record["license"]["weights"] or (cfg.license == "unknown" and name == RELEASED)
         assert timm.is_model_pretrained(name) == (record["status"] == "available")
-        assert cfg.file == (str(PACKAGED) if record["file"]["packaged"] else None)
+        packaged = PACKAGED.with_name(f"{name}.safetensors")
+        assert cfg.file == (str(packaged) if record["file"]["packaged"] else None)
 
 
 def test_packaged_weights_are_those_of_the_record():
-    file = weights.manifest()[OURS]["file"]
-    data = PACKAGED.read_bytes()
-    assert len(data) == file["bytes"] and hashlib.sha256(data).hexdigest() == file["sha256"]
-    state = safetensors.torch.load(data)
-    for name in ("container_light_nano_32", OURS):
-        model = timm.create_model(name, pretrained=True)
-        assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
-    assert timm.list_pretrained("container*") == [OURS]
+    packaged = [name for name, record in weights.manifest().items() if record["file"]["packaged"]]
+    assert sorted(timm.list_pretrained("container*")) == sorted(packaged) == sorted([OURS, *PHOTOS])
+    for name in packaged:
+        file = weights.manifest()[name]["file"]
+        data = PACKAGED.with_name(f"{name}.safetensors").read_bytes()
+        assert len(data) == file["bytes"] and hashlib.sha256(data).hexdigest() == file["sha256"]
+        state = safetensors.torch.load(data)
+        for called in (name, name.partition(".")[0]):
+            model = timm.create_model(called, pretrained=True)
+            assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
 
 def test_packaged_weights_in_other_models():

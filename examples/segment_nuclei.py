@@ -1,0 +1,179 @@
+#!/usr/bin/env python
+"""Trains Mask R-CNN on a CONTAINER-LIGHT, or any timm backbone, to outline nuclei; measures and draws the result.
+
+    python examples/segment_nuclei.py --data-dir dsb2018                   # from random weights
+    python examples/segment_nuclei.py --data-dir dsb2018 --pretrained      # from the backbone's own
+    python examples/segment_nuclei.py --data-dir dsb2018 --backbone resnet18
+
+The folder is the Data Science Bowl 2018's stage 1 (CC0): {train,val}/images/ID.png, and instances/ID.png of 16 bits, in
+which pixels of nucleus k are k, and 0 the background. Training sees random crops, enlarged twice, as the photos are.
+
+Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.utils.data import DataLoader, Dataset
+from torchvision.ops import masks_to_boxes
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as Picture
+from torchvision.tv_tensors import Mask
+from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+from tqdm import tqdm
+
+from container.detection import mask_rcnn
+from container.images import open_rgb
+
+try:
+    from torchmetrics.detection import MeanAveragePrecision
+except ImportError as error:
+    raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
+
+SCALE = 2  # a nucleus is 16 pixels wide, and half of the smallest anchor of Mask R-CNN
+
+
+class Nuclei(Dataset):
+    """Images with a mask, and the box around it, for each nucleus.
+
+    Args:
+        folder: With `images` and `instances`.
+        crop: Side of a random crop, which is mirrored and turned at random too; 0 for the whole image.
+    """
+
+    def __init__(self, folder: Path, crop: int = 0) -> None:
+        self.paths = sorted((folder / "images").glob("*.png"))
+        if not self.paths:
+            raise SystemExit(f"no {folder / 'images'}/*.png: unpack the images of DSB 2018 there")
+        turns = [v2.RandomCrop(crop, pad_if_needed=True), v2.RandomHorizontalFlip(), v2.RandomVerticalFlip()]
+        self.transform = v2.Compose(turns) if crop else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        path = self.paths[index]
+        with path.open("rb") as file:
+            image = Picture(v2.functional.pil_to_tensor(open_rgb(file)))
+        with Image.open(path.parent.parent / "instances" / path.name) as picture:
+            instances = Mask(torch.from_numpy(np.asarray(picture, dtype=np.int32))[None])
+        if self.transform is not None:
+            image, instances = self.transform(image, instances)
+        numbers = instances.unique()
+        masks = instances.as_subclass(torch.Tensor) == numbers[numbers > 0].view(-1, 1, 1)
+        masks = masks[masks.sum((1, 2)) > 4]  # less is an edge of one that the crop cut off
+        boxes = masks_to_boxes(masks) if len(masks) else torch.empty(0, 4)
+        boxes[:, 2:] += 1  # to the outer side of the last pixel: none has no width
+        target = dict(boxes=boxes, labels=torch.ones(len(masks), dtype=torch.int64), masks=masks.to(torch.uint8))
+        return image.as_subclass(torch.Tensor).float() / 255, target
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", default="dsb2018", help="folder of the images")
+    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
+    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
+    parser.add_argument("--output", default="nuclei", help="folder for the result and the picture")
+    parser.add_argument("--epochs", type=int, default=10)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--crop", type=int, default=160, help="side of what is trained on, in pixels")
+    parser.add_argument("--channels", type=int, default=64, help="of the pyramid")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    return parser.parse_args()
+
+
+def batches(nuclei: Nuclei, batch_size: int, shuffle: bool) -> DataLoader:
+    """Lists of images and of targets; images may differ in size."""
+    return DataLoader(
+        nuclei,
+        batch_size,
+        shuffle,
+        collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))),
+        drop_last=shuffle,
+    )
+
+
+@torch.inference_mode()
+def evaluate(model: Any, nuclei: Nuclei, device: str) -> dict[str, float]:
+    """COCO's average precision of boxes and masks, over IoU thresholds of 0.5 to 0.95 and at 0.5, in percent."""
+    model.eval()
+    metric = MeanAveragePrecision(iou_type=("bbox", "segm"), backend="pycocotools")
+    for image, target in tqdm((nuclei[i] for i in range(len(nuclei))), total=len(nuclei), desc="test", leave=False):
+        model.transform.min_size = (SCALE * min(image.shape[1:]),)
+        (found,) = model([image.to(device)])
+        found = {key: value.cpu() for key, value in found.items()}
+        metric.update([dict(found, masks=found["masks"][:, 0] > 0.5)], [dict(target, masks=target["masks"].bool())])
+    result = metric.compute()
+    return {
+        name: 100 * result[key].item()
+        for name, key in dict(box="bbox_map", box50="bbox_map_50", mask="segm_map", mask50="segm_map_50").items()
+    }
+
+
+@torch.inference_mode()
+def draw(model: Any, nuclei: Nuclei, device: str, path: Path, count: int = 3) -> None:
+    """A row of images with their true masks, and below it one with those found."""
+    model.eval()
+    rows: list[list[torch.Tensor]] = [[], []]
+    for image, target in (nuclei[i * len(nuclei) // count] for i in range(count)):
+        model.transform.min_size = (SCALE * min(image.shape[1:]),)
+        (found,) = model([image.to(device)])
+        sure = found["masks"][found["scores"] > 0.5, 0].cpu() > 0.5
+        for row, masks in zip(rows, (target["masks"].bool(), sure), strict=True):
+            drawn = draw_segmentation_masks(image, masks, alpha=0.6) if len(masks) else image
+            row.append(v2.functional.center_crop(drawn, [256, 256]))
+    save_image(make_grid(rows[0] + rows[1], nrow=count, padding=8, pad_value=1.0), path)
+
+
+def main() -> None:
+    """Trains, measures on the images held out, draws."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    size, folder = SCALE * args.crop, Path(args.data_dir)
+    options = dict(pretrained=args.pretrained, out_channels=args.channels)
+    model: Any = mask_rcnn(args.backbone, 2, min_size=size, max_size=4 * size, **options).to(args.device)
+    train, held_out = batches(Nuclei(folder / "train", args.crop), args.batch_size, True), Nuclei(folder / "val")
+    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05)
+    steps = args.epochs * len(train)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=steps, warmup_epochs=len(train), warmup_lr=1e-5, step_on_epochs=True
+    )
+    bar, step = tqdm(total=steps), 0
+    for epoch in range(args.epochs):
+        model.train()
+        for images, targets in train:
+            images = [image.to(args.device) for image in images]
+            targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
+            loss = sum(model(images, targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            scheduler.step(step)
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+    bar.close()
+    result = evaluate(model, held_out, args.device)
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    (output / "result.json").write_text(json.dumps(dict(result, args=vars(args)), indent=2) + "\n")
+    torch.save(model.state_dict(), output / "model.pth")
+    draw(model, held_out, args.device, output / "nuclei.png")
+    print(f"AP of masks {result['mask']:.1f} %, of boxes {result['box']:.1f} %, on {len(held_out)} images held out")
+    print(f"at IoU 0.5: masks {result['mask50']:.1f} %, boxes {result['box50']:.1f} %")
+    print(f"true masks above, found ones below: {output / 'nuclei.png'}")
+
+
+if __name__ == "__main__":
+    main()
