@@ -89,6 +89,8 @@ def test_names_of_a_file(tmp_path):
     save_file(state, tmp_path / "b.safetensors")
     numbers = [str(i) for i in range(10)]
     assert class_names(weights.load("container_light_nano_32", tmp_path / "b.safetensors")) == numbers  # not CIFAR-10's
+    other = timm.create_model(OURS, pretrained=True, num_classes=3)  # a new classifier, for other classes
+    assert class_names(other) == ["0", "1", "2"]
 
 
 def test_other_models_of_timm(tmp_path, capsys):
