@@ -7,6 +7,7 @@ container weights verify [NAME]      files that are here, against their records
 container weights fetch NAME [--yes]
 container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT] [--license ID] [--data TEXT]
 container weights export NAME FOLDER
+container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
 container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
@@ -18,9 +19,12 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
-from . import figures, weights, zoo
+from . import figures, predict, weights, zoo
+from .container import Container
+from .images import open_photo
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -77,6 +81,13 @@ def _parser() -> argparse.ArgumentParser:
     family = commands.add_parser("list", help="the family")
     family.add_argument("--markdown", action="store_true", help="as the README's table")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
+    guess = commands.add_parser("predict", help="the five likeliest classes of photos")
+    guess.add_argument("photos", metavar="PHOTO", nargs="*", help="a file; without any, a cat that comes along")
+    guess.add_argument("--model", metavar="NAME[.tag]", required=True, help="any of timm's, ours among them")
+    guess.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    guess.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")
+    guess.add_argument("--out", metavar="DIR", help="for a picture of what the affinities read")
+    guess.set_defaults(command=_predict)
     pictures = commands.add_parser("figures", help="what each affinity does with an image, as pictures")
     pictures.add_argument("image", metavar="IMAGE", help="a photo; its middle square is what the model sees")
     pictures.add_argument(
@@ -119,9 +130,34 @@ def _parser() -> argparse.ArgumentParser:
     return parser
 
 
-def _figures(args: argparse.Namespace) -> None:
+def _predict(args: argparse.Namespace) -> None:
+    photos = [Path(photo) for photo in args.photos or [predict.SAMPLE]]
+    if args.out:
+        _check_matplotlib()
+        if len({photo.stem for photo in photos}) < len(photos):
+            raise ValueError("photos of the same name would have the same picture")
+    model = weights.load(args.model, args.checkpoint, args.img_size).eval()
+    if args.out and not isinstance(model, Container):
+        raise ValueError(f"{args.model} has no affinities to draw: leave out --out")
+    for photo in photos:
+        (classes,) = predict.predict([photo], model)
+        print(photo)
+        print(zoo.columns([(f"{100 * p:7.1f} %", name) for name, p in classes]))
+        if args.out:
+            assert isinstance(model, Container)
+            file = Path(args.out, f"{photo.stem}-affinities.png")
+            name, p = classes[0]
+            figures.draw_affinities(open_photo(photo), model, file, f"{args.model}: {name}, {100 * p:.1f} %")
+            print(file)
+
+
+def _check_matplotlib() -> None:
     if importlib.util.find_spec("matplotlib") is None:
         raise SystemExit("container: pictures need matplotlib: pip install matplotlib")
+
+
+def _figures(args: argparse.Namespace) -> None:
+    _check_matplotlib()
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)

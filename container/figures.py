@@ -20,9 +20,9 @@ from torchvision.transforms.functional import to_pil_image
 from . import weights
 from .aggregation import Aggregation
 from .container import Container
-from .images import to_rgb
+from .images import open_photo
 
-__all__ = ["BlockView", "draw", "entropy", "gates", "look", "reach", "rows"]
+__all__ = ["BlockView", "draw", "draw_affinities", "entropy", "gates", "look", "reach", "rows"]
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
 _COLORS = {"dynamic": "#0072B2", "static": "#E69F00"}
@@ -343,6 +343,33 @@ def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: 
     return figure
 
 
+def _seen(photo: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Image.Image]:
+    """What a model is given of a photo (1, 3, H, W), and the same as a picture."""
+    picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
+    given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
+    return given[None], to_pil_image(picture)
+
+
+def draw_affinities(photo: Image.Image, model: Container, file: str | Path, title: str) -> None:
+    """Draws what the middle of a photo reads, in the last block of each stage.
+
+    Args:
+        photo: In RGB; the model sees of it what it sees when it is evaluated.
+        model: In evaluation mode, not fused.
+        file: The picture; its folder is made if need be.
+        title: Its first line.
+
+    Raises:
+        OSError: The file cannot be written.
+        ValueError: The model is in training mode.
+    """
+    given, shown = _seen(photo, resolve_model_data_config(model))
+    pixel = (shown.width // 2, shown.height // 2)
+    figure = _draw_affinities(look(model, given, pixel, samples=1), shown, pixel, title)
+    Path(file).parent.mkdir(parents=True, exist_ok=True)
+    figure.savefig(file, dpi=100)
+
+
 def draw(
     image: str | Path,
     model: str,
@@ -373,17 +400,9 @@ def draw(
     name, _, tag = model.partition(".")
     if name not in timm.list_models(module="container"):
         raise ValueError(f"no model {name!r} in this family: `container list` has them")
-    if tag and checkpoint:
-        raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
-    try:
-        with Image.open(image) as opened:
-            photo = to_rgb(opened)
-    except Image.DecompressionBombError as error:  # no OSError, as Pillow's others are
-        raise ValueError(f"{image}: {error}") from None
+    photo = open_photo(image)
     if checkpoint:
-        state = weights.fit(weights.read(checkpoint), name)
-        network: Any = timm.create_model(name, num_classes=len(state.get("head.fc.bias", ())))
-        network.load_state_dict(state)
+        network: Any = weights.load(model, checkpoint)
     else:
         torch.manual_seed(0)
         network = timm.create_model(model, pretrained=bool(tag))
@@ -396,12 +415,9 @@ def draw(
         network.set_input_size(img_size)
     config = resolve_model_data_config(network)
     side = img_size or config["input_size"][-1]
-    config |= dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center")
-    picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
-    given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
-    shown = to_pil_image(picture)
+    given, shown = _seen(photo, config | dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center"))
     pixel = (side // 2, side // 2) if pixel is None else pixel
-    views = look(network, given[None], pixel)
+    views = look(network, given, pixel)
     title = (
         f"{name}, {f'weights {tag}' if tag else Path(checkpoint).name if checkpoint else 'random weights'}, {side} px"
     )
@@ -409,7 +425,7 @@ def draw(
         "affinities": _draw_affinities(views, shown, pixel, title),
         "gates": _draw_gates(views, gates(network), title),
         "heads": _draw_heads(views, title),
-        "pyramid": _draw_pyramid(network, given[None], shown, title),
+        "pyramid": _draw_pyramid(network, given, shown, title),
     }
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)

@@ -1,11 +1,12 @@
 """Pictures as people see them."""
 
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["check_shape", "open_rgb", "to_rgb"]
+__all__ = ["check_shape", "open_photo", "open_rgb", "to_rgb"]
 
 _LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
 
@@ -48,3 +49,18 @@ def open_rgb(file: Any) -> Image.Image:
         Exception: It is damaged: Pillow's decoders raise nearly anything.
     """
     return to_rgb(Image.open(file))
+
+
+def open_photo(path: str | Path) -> Image.Image:
+    """`to_rgb` of a file that a user names.
+
+    Raises:
+        OSError: There is no such file.
+        ValueError: It is no photo, or a damaged one.
+    """
+    with open(path, "rb") as file:
+        try:
+            return open_rgb(file)
+        except Exception as error:  # whatever a damaged or foreign file makes its decoder raise
+            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            raise ValueError(f"{path} is no photo that can be read: {reason}") from error

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
 import zipfile
 from contextlib import suppress
@@ -32,7 +33,7 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
-from torch import Tensor
+from torch import Tensor, nn
 
 from . import container as model_file
 from .container import checkpoint_filter_fn, is_released
@@ -42,6 +43,7 @@ __all__ = [
     "class_names",
     "find",
     "fit",
+    "load",
     "manifest",
     "names",
     "obtain",
@@ -294,6 +296,63 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         if found != tuple(tensor.shape):  # of what timm or the filter would adapt
             raise ValueError(f"checkpoint does not fit {name}: {key} is {found}, not {tuple(tensor.shape)}")
     return fitted
+
+
+def load(model: str, checkpoint: str | Path = "", img_size: int | None = None) -> nn.Module:
+    """A model of timm's with weights, and with its `pretrained_cfg` saying what they are for.
+
+    Args:
+        model: `NAME.tag` for published weights, `NAME` for timm's choice among them or for those of `checkpoint`; also
+            what timm reads from elsewhere, as `local-dir:FOLDER`.
+        checkpoint: File of weights, which has to fit; the model has as many classes as the file.
+        img_size: Side of the images; the weights' own if None. The `input_size` of `pretrained_cfg` is the size.
+
+    Raises:
+        OSError: The checkpoint does not exist, or the weights cannot be downloaded.
+        RuntimeError: The checkpoint is none, or the weights on record cannot be had.
+        ValueError: There is no such model, it has no weights, is given both a tag and a checkpoint, which may not fit
+            it, or cannot have that size.
+    """
+    overlay: dict[str, Any] = {}
+    if img_size is not None:
+        if img_size < 1:
+            raise ValueError(f"images of {img_size} pixels are none")
+        overlay["input_size"] = (3, img_size, img_size)
+    architecture, tag = split_model_name_tag(model)
+    elsewhere = ":" in model
+    if not elsewhere and not timm.is_model(architecture):
+        raise ValueError(f"no model {architecture!r}: `container list` has ours, timm.list_models() all")
+    if not checkpoint:
+        if not elsewhere:
+            _check_has_weights(model)
+        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
+    if tag or elsewhere:
+        raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
+    state_dict = read(checkpoint)
+    if architecture in timm.list_models(module="container"):
+        state_dict = fit(state_dict, architecture)
+    cfg = get_pretrained_cfg(architecture)
+    classifier = cfg.classifier if cfg else None  # several, where a model was distilled: all of as many classes
+    head = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
+    classes = len(state_dict.get(f"{head}.weight", ()))
+    overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint))
+    try:
+        found: Any = timm.create_model(architecture, True, num_classes=classes, pretrained_cfg_overlay=overlay)
+    except Exception as error:  # of any family's own reader
+        raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(str(error), 200)}") from error
+    found.pretrained_cfg.pop("state_dict", None)  # or the model would hold its weights twice
+    return found
+
+
+def _check_has_weights(model: str) -> None:
+    architecture, tag = split_model_name_tag(model)
+    cfg = get_pretrained_cfg(architecture)
+    name = model if tag or not cfg else f"{model}.{cfg.tag}"
+    if timm.is_model_pretrained(model) or name in names():
+        return
+    known = [name for name in names() if name.startswith(f"{architecture}.")]
+    known = known or timm.list_pretrained(f"{architecture}.*") or names()
+    raise ValueError(f"{model} has no weights: there are {', '.join(known)}; a checkpoint may be your own")
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:

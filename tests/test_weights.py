@@ -505,7 +505,7 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     code = (
         "import container, timm; from container import weights; print(container.__file__); "
         "print(len(timm.list_models('container*')), list(weights.manifest()), timm.list_pretrained('container*')); "
-        f"timm.create_model('{OURS}', pretrained=True)"
+        f"from container.__main__ import main; main(['predict', '--model', '{OURS}'])"
     )
     result = subprocess.run(
         [sys.executable, "-c", code],
@@ -515,5 +515,6 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
         text=True,
         check=True,
     )
-    file, found = result.stdout.splitlines()
+    file, found, photo, likeliest, *_ = result.stdout.splitlines()
+    assert photo == str(tmp_path / "site" / "container" / "sample.jpg") and likeliest.endswith(" cat")
     assert file.startswith(str(tmp_path / "site")) and found == f"13 {list(weights.manifest())} {[OURS]}"

@@ -1,0 +1,167 @@
+"""`container predict`: the classes of photos, their names and their probabilities."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from PIL import Image
+from safetensors.torch import save_file
+from test_weights import OURS, RELEASED
+
+from container import weights
+from container.__main__ import main
+from container.predict import SAMPLE, class_names, predict
+
+LABELS = weights.manifest()[OURS]["label_names"]
+
+
+@pytest.fixture(scope="module")
+def golden(tmp_path_factory):
+    """A file of weights with an ImageNet head that answers class 207, whatever it sees."""
+    state = timm.create_model("container_light_nano").state_dict()
+    state["head.fc.weight"].zero_()
+    state["head.fc.bias"].zero_()[207] = 9.0
+    path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
+    save_file(state, path)
+    return path
+
+
+def lines(output):
+    """[(percent, name)] of the printed lines that are no paths."""
+    return [(float(p), name) for p, name in re.findall(r"^ +([\d.]+) %  (.+)$", output, re.MULTILINE)]
+
+
+def test_probabilities_by_another_route():
+    """Resized by Pillow, cropped and normalised by hand; softmax in float64."""
+    photo = Image.open(SAMPLE).convert("RGB")
+    photo = photo.resize((32 * photo.width // photo.height, 32), Image.Resampling.BICUBIC)
+    left = round((photo.width - 32) / 2)
+    pixels = np.asarray(photo.crop((left, 0, left + 32, 32)), dtype=np.float32) / 255
+    x = torch.from_numpy((pixels - (0.485, 0.456, 0.406)) / (0.229, 0.224, 0.225)).float().permute(2, 0, 1)[None]
+    model = timm.create_model(OURS, pretrained=True).eval()
+    with torch.no_grad():
+        e = np.exp(model(x)[0].double().numpy())
+    expected = dict(zip(LABELS, e / e.sum()))
+    (found,) = predict([SAMPLE], model, top=99)
+    assert [name for name, _ in found] == sorted(LABELS, key=expected.get, reverse=True)
+    assert dict(found) == pytest.approx(expected, abs=1e-5)
+
+
+def test_a_block_for_each_photo(tmp_path, capsys):
+    Image.open(SAMPLE).rotate(180).save(tmp_path / "down.png")
+    exif = Image.Exif()
+    exif[0x0112] = 3  # a viewer turns it by 180 degrees
+    Image.open(tmp_path / "down.png").save(tmp_path / "turned.png", exif=exif)
+    Image.open(SAMPLE).save(tmp_path / "up.png")
+    photos = [str(tmp_path / f"{name}.png") for name in ("up", "down", "turned")]
+    main(["predict", *photos, "--model", "container_light_nano_32"])
+    output = capsys.readouterr().out
+    blocks = [output.splitlines()[i : i + 6] for i in (0, 6, 12)]
+    assert [block[0] for block in blocks] == photos and len(output.splitlines()) == 18
+    assert blocks[0][1:] == blocks[2][1:] != blocks[1][1:]
+    model = timm.create_model(OURS, pretrained=True).eval()
+    expected = [(float(f"{100 * p:.1f}"), name) for name, p in predict(photos, model)[0]]
+    assert lines(output)[:5] == expected
+    assert len({line.index("%") for line in output.splitlines() if "%" in line}) == 1
+
+
+def test_golden_retriever(golden, capsys):
+    main(["predict", "--model", "container_light_nano", "--checkpoint", str(golden), "--img-size", "64"])
+    p, name = lines(capsys.readouterr().out)[0]
+    assert name == "golden retriever" and p == pytest.approx(100 * np.exp(9) / (np.exp(9) + 999), abs=0.05)
+
+
+def test_names_of_a_file(tmp_path):
+    """Its own, WordNet's in words; where it says none, numbers."""
+    names = ["n02099601", "mine", "n01440764"]
+    state = timm.create_model("container_light_nano", num_classes=3).state_dict()
+    save_file(state, tmp_path / "a.safetensors", dict(classes=json.dumps(names)))
+    assert class_names(weights.load("container_light_nano", tmp_path / "a.safetensors")) == [
+        *("golden retriever", "mine", "tench, Tinca tinca")
+    ]
+    state = timm.create_model("container_light_nano_32", num_classes=10).state_dict()
+    save_file(state, tmp_path / "b.safetensors")
+    numbers = [str(i) for i in range(10)]
+    assert class_names(weights.load("container_light_nano_32", tmp_path / "b.safetensors")) == numbers  # not CIFAR-10's
+    other = timm.create_model(OURS, pretrained=True, num_classes=3)  # a new classifier, for other classes
+    assert class_names(other) == ["0", "1", "2"]
+
+
+def test_other_models_of_timm(tmp_path, capsys):
+    """Weights of a file are all loaded, and the size of images is the model's from its making."""
+    model = timm.create_model("vit_tiny_patch16_224", num_classes=4)
+    torch.nn.init.normal_(model.head.weight)
+    torch.save(model.state_dict(), tmp_path / "vit.pth")
+    loaded = weights.load("vit_tiny_patch16_224", tmp_path / "vit.pth")
+    assert all(torch.equal(tensor, loaded.state_dict()[key]) for key, tensor in model.state_dict().items())
+    assert "state_dict" not in loaded.pretrained_cfg
+    words = ["predict", "--model", "vit_tiny_patch16_224", "--checkpoint", str(tmp_path / "vit.pth")]
+    main([*words, "--img-size", "64"])
+    found = lines(capsys.readouterr().out)
+    assert {name for _, name in found} == {"0", "1", "2", "3"} and sum(p for p, _ in found) == pytest.approx(100, 0.01)
+    with pytest.raises(SystemExit, match="vit_tiny_patch16_224 has no affinities to draw"):
+        main([*words, "--out", str(tmp_path / "out")])
+    with pytest.raises(ValueError, match=r"vit.pth does not fit resnet18: .*Missing key"):
+        weights.load("resnet18", tmp_path / "vit.pth")
+
+
+def test_the_picture(tmp_path, capsys):
+    main(["predict", "--model", OURS, "--out", str(tmp_path / "out")])
+    file = capsys.readouterr().out.splitlines()[-1]
+    assert file == str(tmp_path / "out" / "sample-affinities.png")
+    colors, counts = np.unique(np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
+    assert len(colors) > 100 and counts.max() < 0.9 * counts.sum()
+
+
+@pytest.mark.parametrize(
+    "words, said",
+    [
+        (["--model", "nothing"], "no model 'nothing'"),
+        (["--model", "container_nano"], f"container_nano has no weights: there are {RELEASED}, {OURS}"),
+        (["--model", f"{OURS[:-7]}mine"], f"{OURS[:-7]}mine has no weights: there are {OURS};"),
+        (["--model", "resnet18.mine"], "resnet18.mine has no weights: there are resnet18.a1_in1k, "),
+        (["--model", RELEASED], f"`container weights fetch {RELEASED}`"),
+        (["--model", OURS, "--checkpoint", "GOLDEN"], "give one of them"),
+        (["--model", OURS, "--img-size", "0"], "images of 0 pixels are none"),
+        (["--model", "container", "--checkpoint", "GOLDEN"], "does not fit container: "),
+        (["no.jpg", "--model", OURS], "No such file or directory: 'no.jpg'"),
+        ([__file__, "--model", OURS], f"{__file__} is no photo that can be read: cannot identify image file"),
+        (["a/x.jpg", "b/x.jpg", "--model", OURS, "--out", "out"], "photos of the same name"),
+    ],
+)
+def test_mistakes(words, said, golden, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path))
+    with pytest.raises(SystemExit) as stop:
+        main(["predict", *(str(golden) if word == "GOLDEN" else word for word in words)])
+    assert said in str(stop.value) and "\n" not in str(stop.value) and not capsys.readouterr().out
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_models_that_cannot_answer():
+    with pytest.raises(ValueError, match="call eval"):
+        predict([SAMPLE], timm.create_model("container_light_nano"))
+    with pytest.raises(ValueError, match="Container has no classifier"):
+        predict([SAMPLE], timm.create_model("container_light_nano", num_classes=0).eval())
+    tied = timm.create_model("vit_tiny_patch16_224").eval()
+    tied.pretrained_cfg["input_size"] = (3, 50, 50)
+    with pytest.raises(ValueError, match="VisionTransformer fails at 50 x 50 pixels"):
+        predict([SAMPLE], tied)
+
+
+def test_as_a_user_types_it(tmp_path):
+    result = subprocess.run(
+        [sys.executable, "-m", "container", "predict", "--model", OURS],
+        cwd=ROOT,
+        capture_output=True,
+        text=True,
+        timeout=120,
+    )
+    assert result.returncode == 0 and not result.stderr
+    assert result.stdout.startswith(f"{SAMPLE}\n") and lines(result.stdout)[0][1] == "cat"
