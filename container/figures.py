@@ -373,21 +373,12 @@ def draw(
     name, _, tag = model.partition(".")
     if name not in timm.list_models(module="container"):
         raise ValueError(f"no model {name!r} in this family: `container list` has them")
-    if tag and checkpoint:
-        raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
     try:
         with Image.open(image) as opened:
             photo = to_rgb(opened)
     except Image.DecompressionBombError as error:  # no OSError, as Pillow's others are
         raise ValueError(f"{image}: {error}") from None
-    if checkpoint:
-        state = weights.fit(weights.read(checkpoint), name)
-        network: Any = timm.create_model(name, num_classes=len(state.get("head.fc.bias", ())))
-        network.load_state_dict(state)
-    else:
-        torch.manual_seed(0)
-        network = timm.create_model(model, pretrained=bool(tag))
-    network.eval()
+    network = weights.create(model, checkpoint)
     if img_size is not None:
         if img_size < network.feature_info[-1]["reduction"]:
             raise ValueError(

@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import textwrap
 import warnings
 import zipfile
 from contextlib import suppress
@@ -40,6 +41,7 @@ from .container import checkpoint_filter_fn, is_released
 __all__ = [
     "check",
     "class_names",
+    "create",
     "find",
     "fit",
     "manifest",
@@ -294,6 +296,49 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         if found != tuple(tensor.shape):  # of what timm or the filter would adapt
             raise ValueError(f"checkpoint does not fit {name}: {key} is {found}, not {tuple(tensor.shape)}")
     return fitted
+
+
+def create(model: str, checkpoint: str | Path = "", img_size: int | None = None, seed: int = 0) -> Any:
+    """A model of timm's in evaluation mode, with the weights that a command names.
+
+    Args:
+        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or random ones.
+        checkpoint: File of weights; the model gets as many classes as it has.
+        img_size: Side of its images, which only a model that is tied to one has to know; its own if None.
+        seed: Of random weights.
+
+    Raises:
+        FileNotFoundError: There is no such checkpoint.
+        RuntimeError: The checkpoint is none, or the model or its published weights cannot be had.
+        ValueError: There is no such model, it is given both a tag and a checkpoint, or the checkpoint does not fit it.
+    """
+    name, tag = split_model_name_tag(model)
+    if not timm.is_model(name):
+        raise ValueError(f"timm has no model {name!r}")
+    if tag and checkpoint:
+        raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
+    cfg: Any = get_pretrained_cfg(name)
+    options: dict[str, Any] = {}
+    if img_size is not None and cfg is not None and cfg.fixed_input_size:
+        options["img_size"] = img_size  # others take any size, and some no such argument
+    if checkpoint:
+        state_dict = read(checkpoint)
+        if name in timm.list_models(module="container"):
+            state_dict = fit(state_dict, name)
+        classifier = cfg.classifier if cfg is not None else None
+        first = classifier[0] if isinstance(classifier, tuple) else classifier  # distilled models have two
+        classes = len(state_dict.get(f"{first}.weight", ()))
+        options |= dict(num_classes=classes, pretrained_cfg_overlay=dict(state_dict=state_dict, num_classes=classes))
+    try:
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            return timm.create_model(model, pretrained=bool(tag or checkpoint), **options).eval()
+    except Exception as error:  # of timm, of the Hub, and whatever a foreign checkpoint makes timm's filters raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if checkpoint:
+            raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(lines[-1], 200)}") from error
+        at = f" at {img_size} px" if "img_size" in options else ""
+        raise RuntimeError(f"{model}{at} cannot be had: {lines[0]}") from error
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
