@@ -8,6 +8,7 @@ container weights fetch NAME [--yes]
 container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT] [--license ID] [--data TEXT]
 container weights export NAME FOLDER
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
+container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
 """
@@ -18,9 +19,11 @@ import json
 import os
 import runpy
 import sys
+from pathlib import Path
 from typing import Any
 
-from . import figures, weights, zoo
+from . import figures, probe, weights, zoo
+from .files import write_atomically
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -49,7 +52,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise SystemExit(f"container: {error}") from None
+            lines = str(error).strip().splitlines() or [repr(error)]
+            # A loader's process wraps its error in a traceback, which ends with it.
+            raise SystemExit(f"container: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
 
 
 def run(argv: list[str]) -> None:
@@ -89,6 +94,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
     pictures.set_defaults(command=_figures)
+    frozen = commands.add_parser("probe", help="k-NN and linear classification by frozen features, of any timm model")
+    frozen.add_argument("data_dir", metavar="DIR", help="with train/CLASS/* and val/CLASS/*, or train.tar and val.tar")
+    frozen.add_argument(
+        "--model", metavar="NAME[.tag]", required=True, help="without a tag or --checkpoint: random weights"
+    )
+    frozen.add_argument("--img-size", type=int, metavar="N", help="side of the images; the model's own")
+    frozen.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    frozen.add_argument("--json", metavar="FILE", help="the same as JSON, with 95 %% intervals")
+    frozen.add_argument("--workers", type=int, metavar="N", help="processes that load; one for each core but one")
+    frozen.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights, and of what chooses C")
+    frozen.set_defaults(command=_probe)
     commands.add_parser("run", help="a script of timm's, with the models", add_help=False)
 
     group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
@@ -125,6 +141,15 @@ def _figures(args: argparse.Namespace) -> None:
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
+
+
+def _probe(args: argparse.Namespace) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # known before the work, not after it
+        raise FileNotFoundError(f"no folder for {args.json}")
+    found = probe.probe(args.data_dir, args.model, args.checkpoint, args.img_size, args.workers, args.seed)
+    print(probe.describe(found))
+    if args.json:
+        write_atomically(args.json, f"{json.dumps(found)}\n".encode())
 
 
 def _list(args: argparse.Namespace) -> None:
