@@ -9,6 +9,7 @@ container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT]
 container weights export NAME FOLDER
 container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
+container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
 """
@@ -22,8 +23,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import figures, predict, weights, zoo
+from . import figures, predict, probe, weights, zoo
 from .container import Container
+from .files import write_atomically
 from .images import open_photo
 
 
@@ -53,7 +55,9 @@ def main(argv: list[str] | None = None) -> None:
         except KeyError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
         except (ImportError, OSError, RuntimeError, ValueError) as error:
-            raise SystemExit(f"container: {error}") from None
+            lines = str(error).strip().splitlines() or [repr(error)]
+            # A loader's process wraps its error in a traceback, which ends with it.
+            raise SystemExit(f"container: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
 
 
 def run(argv: list[str]) -> None:
@@ -100,6 +104,17 @@ def _parser() -> argparse.ArgumentParser:
     )
     pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
     pictures.set_defaults(command=_figures)
+    frozen = commands.add_parser("probe", help="k-NN and linear classification by frozen features, of any timm model")
+    frozen.add_argument("data_dir", metavar="DIR", help="with train/CLASS/* and val/CLASS/*, or train.tar and val.tar")
+    frozen.add_argument(
+        "--model", metavar="NAME[.tag]", required=True, help="without a tag or --checkpoint: random weights"
+    )
+    frozen.add_argument("--img-size", type=int, metavar="N", help="side of the images; the model's own")
+    frozen.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    frozen.add_argument("--json", metavar="FILE", help="the same as JSON, with 95 %% intervals")
+    frozen.add_argument("--workers", type=int, metavar="N", help="processes that load; one for each core but one")
+    frozen.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights, and of what chooses C")
+    frozen.set_defaults(command=_probe)
     commands.add_parser("run", help="a script of timm's, with the models", add_help=False)
 
     group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
@@ -136,7 +151,7 @@ def _predict(args: argparse.Namespace) -> None:
         _check_matplotlib()
         if len({photo.stem for photo in photos}) < len(photos):
             raise ValueError("photos of the same name would have the same picture")
-    model = weights.load(args.model, args.checkpoint, args.img_size).eval()
+    model = weights.create(args.model, args.checkpoint, args.img_size, pretrained=True)
     if args.out and not isinstance(model, Container):
         raise ValueError(f"{args.model} has no affinities to draw: leave out --out")
     for photo in photos:
@@ -161,6 +176,15 @@ def _figures(args: argparse.Namespace) -> None:
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
+
+
+def _probe(args: argparse.Namespace) -> None:
+    if args.json and not Path(args.json).absolute().parent.is_dir():  # known before the work, not after it
+        raise FileNotFoundError(f"no folder for {args.json}")
+    found = probe.probe(args.data_dir, args.model, args.checkpoint, args.img_size, args.workers, args.seed)
+    print(probe.describe(found))
+    if args.json:
+        write_atomically(args.json, f"{json.dumps(found)}\n".encode())
 
 
 def _list(args: argparse.Namespace) -> None:

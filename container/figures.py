@@ -401,12 +401,7 @@ def draw(
     if name not in timm.list_models(module="container"):
         raise ValueError(f"no model {name!r} in this family: `container list` has them")
     photo = open_photo(image)
-    if checkpoint:
-        network: Any = weights.load(model, checkpoint)
-    else:
-        torch.manual_seed(0)
-        network = timm.create_model(model, pretrained=bool(tag))
-    network.eval()
+    network = weights.create(model, checkpoint)
     if img_size is not None:
         if img_size < network.feature_info[-1]["reduction"]:
             raise ValueError(

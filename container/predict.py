@@ -22,7 +22,7 @@ def class_names(model: nn.Module) -> list[str]:
     WordNet's identifiers become its words: n02099601 is a golden retriever.
 
     Args:
-        model: Of timm's, as `weights.load` or `timm.create_model` makes it.
+        model: Of timm's, as `weights.create` or `timm.create_model` makes it.
 
     Raises:
         ValueError: It has no classifier.

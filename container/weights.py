@@ -33,7 +33,7 @@ from timm.models import (
     resolve_pretrained_cfg,
     split_model_name_tag,
 )
-from torch import Tensor, nn
+from torch import Tensor
 
 from . import container as model_file
 from .container import checkpoint_filter_fn, is_released
@@ -41,9 +41,9 @@ from .container import checkpoint_filter_fn, is_released
 __all__ = [
     "check",
     "class_names",
+    "create",
     "find",
     "fit",
-    "load",
     "manifest",
     "names",
     "obtain",
@@ -298,50 +298,60 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
     return fitted
 
 
-def load(model: str, checkpoint: str | Path = "", img_size: int | None = None) -> nn.Module:
-    """A model of timm's with weights, and with its `pretrained_cfg` saying what they are for.
+def create(
+    model: str, checkpoint: str | Path = "", img_size: int | None = None, pretrained: bool = False, seed: int = 0
+) -> Any:
+    """A model of timm's in evaluation mode, with the weights that a command names.
 
     Args:
-        model: `NAME.tag` for published weights, `NAME` for timm's choice among them or for those of `checkpoint`; also
-            what timm reads from elsewhere, as `local-dir:FOLDER`.
+        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`; also what timm reads from elsewhere,
+            as `local-dir:FOLDER`.
         checkpoint: File of weights, which has to fit; the model has as many classes as the file.
-        img_size: Side of the images; the weights' own if None. The `input_size` of `pretrained_cfg` is the size.
+        img_size: Side of its images, which `input_size` of its `pretrained_cfg` then is; the weights' own if None.
+        pretrained: Whether `NAME` alone is for timm's choice among its published weights; else it is for random ones.
+        seed: Of random weights.
 
     Raises:
-        OSError: The checkpoint does not exist, or the weights cannot be downloaded.
-        RuntimeError: The checkpoint is none, or the weights on record cannot be had.
+        FileNotFoundError: There is no such checkpoint.
+        RuntimeError: The checkpoint is none, or the model or its published weights cannot be had.
         ValueError: There is no such model, it has no weights, is given both a tag and a checkpoint, which may not fit
             it, or cannot have that size.
     """
-    overlay: dict[str, Any] = {}
-    if img_size is not None:
-        if img_size < 1:
-            raise ValueError(f"images of {img_size} pixels are none")
-        overlay["input_size"] = (3, img_size, img_size)
-    architecture, tag = split_model_name_tag(model)
     elsewhere = ":" in model
-    if not elsewhere and not timm.is_model(architecture):
-        raise ValueError(f"no model {architecture!r}: `container list` has ours, timm.list_models() all")
-    if not checkpoint:
-        if not elsewhere:
-            _check_has_weights(model)
-        return timm.create_model(model, pretrained=True, pretrained_cfg_overlay=overlay)
-    if tag or elsewhere:
+    name, tag = ("", model) if elsewhere else split_model_name_tag(model)
+    if not elsewhere and not timm.is_model(name):
+        raise ValueError(f"no model {name!r}: `container list` has ours, timm.list_models() all")
+    if tag and checkpoint:
         raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
-    state_dict = read(checkpoint)
-    if architecture in timm.list_models(module="container"):
-        state_dict = fit(state_dict, architecture)
-    cfg = get_pretrained_cfg(architecture)
-    classifier = cfg.classifier if cfg else None  # several, where a model was distilled: all of as many classes
-    head = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
-    classes = len(state_dict.get(f"{head}.weight", ()))
-    overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint))
+    if img_size is not None and img_size < 1:
+        raise ValueError(f"images of {img_size} pixels are none")
+    if pretrained and not (checkpoint or elsewhere):
+        _check_has_weights(model)
+    overlay: dict[str, Any] = {} if img_size is None else dict(input_size=(3, img_size, img_size))
+    options: dict[str, Any] = {}
+    if checkpoint:
+        state_dict = read(checkpoint)
+        if name in timm.list_models(module="container"):
+            state_dict = fit(state_dict, name)
+        cfg = get_pretrained_cfg(name)
+        classifier = cfg.classifier if cfg else None  # several, where a model was distilled: all of as many classes
+        head = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
+        options["num_classes"] = classes = len(state_dict.get(f"{head}.weight", ()))
+        overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint))
     try:
-        found: Any = timm.create_model(architecture, True, num_classes=classes, pretrained_cfg_overlay=overlay)
-    except Exception as error:  # of any family's own reader
-        raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(str(error), 200)}") from error
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            found: Any = timm.create_model(
+                model, bool(tag or checkpoint or pretrained), pretrained_cfg_overlay=overlay, **options
+            )
+    except Exception as error:  # of timm, of the Hub, and whatever a foreign checkpoint makes timm's filters raise
+        lines = str(error).strip().splitlines() or [type(error).__name__]
+        if checkpoint:
+            raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(' '.join(lines), 200)}") from error
+        at = "" if img_size is None else f" at {img_size} px"
+        raise RuntimeError(f"{model}{at} cannot be had: {lines[0]}") from error
     found.pretrained_cfg.pop("state_dict", None)  # or the model would hold its weights twice
-    return found
+    return found.eval()
 
 
 def _check_has_weights(model: str) -> None:

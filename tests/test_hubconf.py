@@ -30,5 +30,5 @@ def test_arguments_are_the_models():
 
 
 def test_no_member_pretends_to_have_weights():
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for container_nano"):
-        torch.hub.load(str(ROOT), "container_nano", source="local", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for container_conv"):
+        torch.hub.load(str(ROOT), "container_conv", source="local", pretrained=True)

@@ -210,7 +210,7 @@ def create_val_loader(
     device: torch.device,
     persistent: bool = False,
 ) -> PrefetchLoader:
-    """Validation images in their order, each process its share, as `timm.data.create_loader` gives them.
+    """Validation images in their order, as `timm.data.create_loader` gives them; of several processes each its share.
 
     Always by Pillow, whatever loads the training images, so that accuracies are comparable with timm's.
 
@@ -240,7 +240,7 @@ def create_val_loader(
         workers = min(workers, len(shards))
         dataset.set_loader_cfg(num_workers=workers)
         return _prefetch(dataset, config, batch_size, workers, device)
-    sampler = OrderedDistributedSampler(dataset)
+    sampler = OrderedDistributedSampler(dataset) if dist.is_initialized() else None
     return _prefetch(
         dataset, config, batch_size, workers, device, sampler=sampler, persistent_workers=persistent and workers > 0
     )

@@ -1,0 +1,232 @@
+"""How good frozen features are: k nearest neighbours and a linear classifier, on any folder of classes.
+
+`container probe DIR --model NAME[.tag]` trains nothing of the model. Both classifiers see what its own classifier
+would: one vector an image.
+"""
+
+import importlib.util
+import math
+import sys
+import time
+import warnings
+from pathlib import Path
+from typing import Any
+
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torch.nn.functional import normalize
+from tqdm import tqdm
+
+from . import weights
+from .training.data import Images, create_datasets
+from .training.loader import create_val_loader, default_workers
+from .training.run import tell_unreadable
+
+__all__ = ["describe", "features", "hold_out", "knn", "linear", "probe", "wilson"]
+
+_BATCH = 64
+_CS = [10.0**power for power in range(-4, 3)]
+
+
+def features(model: nn.Module, images: Images, config: dict[str, Any], workers: int) -> tuple[Tensor, Tensor]:
+    """What a model's classifier sees of every image, and the images' classes; unreadable ones are told and left out.
+
+    Args:
+        model: timm's, in evaluation mode.
+        images: Not for training.
+        config: How they are prepared: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        workers: Processes that load.
+
+    Returns:
+        (images, features) and (images,), on the CPU, in the order of the data.
+
+    Raises:
+        OSError: Ten images in a row cannot be read.
+        ValueError: Too many cannot, the model does not take images of that size, or features are not finite.
+    """
+    device = next(model.parameters()).device
+    loader = create_val_loader(images, config, _BATCH, workers, device)
+    found, targets = [], []
+    with torch.inference_mode():
+        for batch, labels in tqdm(loader, unit="batch", delay=2, leave=False, disable=None, dynamic_ncols=True):
+            try:
+                of_batch = model.forward_head(model.forward_features(batch), pre_logits=True)  # type: ignore[operator]
+            except AssertionError as error:  # as timm has it, for a side that patches do not tile
+                raise ValueError(f"{type(model).__name__} does not take these images: {error}") from None
+            found.append(of_batch.flatten(1).float().cpu())
+            targets.append(labels.cpu())
+    tell_unreadable(images, "does not count")
+    x, y = torch.cat(found), torch.cat(targets)
+    if not x.isfinite().all():
+        raise ValueError(f"features of {type(model).__name__} are not finite")
+    return x[y >= 0], y[y >= 0]
+
+
+def knn(train: Tensor, targets: Tensor, val: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
+    """Classes by the votes of the nearest training images.
+
+    Image i votes for its class with exp(s_i / temperature), s_i its cosine similarity, if it is one of the k largest.
+
+    Source: DINO, Caron et al. 2021 (arXiv 2104.14294), whose k and temperature are the defaults.
+
+    Args:
+        train: Features (images, features) that have classes.
+        targets: Their classes (images,).
+        val: Features to classify.
+        k: Neighbours that vote; all, where there are fewer.
+        temperature: The lower, the more the very nearest count.
+
+    Returns:
+        (images of `val`,).
+    """
+    known, found = normalize(train), []
+    for some in normalize(val).split(256):  # of a large set not all similarities at once
+        nearest = (some @ known.T).topk(min(k, len(train)))
+        votes = some.new_zeros(len(some), int(targets.max()) + 1)
+        votes.scatter_add_(1, targets[nearest.indices], (nearest.values / temperature).exp())
+        found.append(votes.argmax(1))
+    return torch.cat(found)
+
+
+def hold_out(targets: Tensor, seed: int) -> Tensor:
+    """A random fifth of each class, at least one image but never a class's only one, as flags (images,)."""
+    order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
+    held = torch.zeros(len(targets), dtype=torch.bool)
+    for target in targets.unique():
+        own = order[targets[order] == target]
+        held[own[: max(1, round(len(own) / 5)) if len(own) > 1 else 0]] = True
+    return held
+
+
+def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[Tensor, float]:
+    """Classes by logistic regression on standardized features: argmax_c (W (x - mean) / std + b)_c.
+
+    The mean of the cross-entropy over n images plus |W|^2 / (2 C n) is least. C is the one of 0.0001, 0.001, ..., 100
+    that is best on a held-out fifth of the training images (of equals the smallest); then all of them are fitted. Mean
+    and std are those of the images that are fitted.
+
+    Args:
+        train: Features (images, features) that have classes, at least two.
+        targets: Their classes (images,).
+        val: Features to classify; they choose nothing.
+        seed: Of what is held out.
+
+    Returns:
+        (images of `val`,), and C; 1 where no class has an image to spare.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+    """
+    try:
+        from sklearn.exceptions import ConvergenceWarning
+        from sklearn.linear_model import LogisticRegression
+        from sklearn.pipeline import make_pipeline
+        from sklearn.preprocessing import StandardScaler
+    except ImportError as error:
+        raise ImportError("the probe needs scikit-learn: pip install scikit-learn") from error
+    x, y, held = train.double().numpy(), targets.numpy(), hold_out(targets, seed).numpy()
+
+    def fit(c: float, rows: Any) -> Any:
+        return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x[rows], y[rows])
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", ConvergenceWarning)  # a large C has no end where classes can be separated
+        c = max(_CS, key=lambda c: fit(c, ~held).score(x[held], y[held])) if held.any() else 1.0
+        return torch.from_numpy(fit(c, slice(None)).predict(val.double().numpy())), c
+
+
+def wilson(right: int, count: int) -> tuple[float, float]:
+    """The 95 % interval of a share, after Wilson (1927).
+
+    (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = right / n, n = count, z = 1.96.
+
+    Args:
+        right: How many are.
+        count: Of how many.
+    """
+    p, z = right / count, 1.959964
+    center, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
+    return (center - half) / (1 + z * z / count), (center + half) / (1 + z * z / count)
+
+
+def probe(
+    data_dir: str | Path,
+    model: str,
+    checkpoint: str | Path = "",
+    img_size: int | None = None,
+    workers: int | None = None,
+    seed: int = 0,
+) -> dict[str, Any]:
+    """Classifies the validation images of a folder by a model's frozen features, with `knn` and with `linear`.
+
+    All images are prepared as the model's evaluation has it; nothing is drawn.
+
+    Source: the protocol of DINO, Caron et al. 2021 (arXiv 2104.14294), without its augmentation.
+
+    Args:
+        data_dir: With `train` and `val` (or `validation`, `test`), each a folder or a tar file of class folders.
+        model: Of timm's: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or random ones.
+        checkpoint: File of weights.
+        img_size: Side of the images; the model's own if None.
+        workers: Processes that load; `default_workers()` if None.
+        seed: Of random weights, and of what `linear` holds out.
+
+    Returns:
+        What is known, in plain values; accuracies and their 95 % intervals (`wilson`) in percent.
+
+    Raises:
+        ImportError: scikit-learn is not installed.
+        OSError: The folder, a part of it, or the checkpoint is missing, or cannot be read.
+        RuntimeError: The checkpoint is none, or the model cannot be had.
+        ValueError: Data, checkpoint or image size do not fit.
+    """
+    started = time.perf_counter()
+    if importlib.util.find_spec("sklearn") is None:  # before the images are read
+        raise ImportError("the probe needs scikit-learn: pip install scikit-learn")
+    train, val, classes = create_datasets(data_dir)
+    if classes < 2:
+        raise ValueError(f"{data_dir} has one class: there is nothing to tell apart")
+    train.train = False  # or the next image would take the place of one that cannot be read, and count twice
+    network = weights.create(model, checkpoint, img_size, seed=seed)
+    network.to("cuda" if torch.cuda.is_available() else "cpu")
+    config = resolve_model_data_config(network)
+    parts = []
+    for images in (train, val):
+        if images.left_out:
+            print(images.left_out, file=sys.stderr)
+        parts.append(features(network, images, config, default_workers() if workers is None else workers))
+    (x, y), (x_val, y_val) = parts
+
+    def accuracy(found: Tensor) -> dict[str, Any]:
+        right = int((found == y_val).sum())
+        return dict(top1=100 * right / len(y_val), interval=[100 * end for end in wilson(right, len(y_val))])
+
+    by_linear, c = linear(x, y, x_val, seed)
+    return dict(
+        model=model,
+        weights=str(checkpoint) or model.partition(".")[2] or "random weights",
+        data=str(data_dir),
+        input_size=list(config["input_size"]),
+        classes=classes,
+        train_images=len(y),
+        val_images=len(y_val),
+        features=x.shape[1],
+        knn=accuracy(knn(x, y, x_val)),
+        linear=dict(accuracy(by_linear), C=c),
+        seed=seed,
+        seconds=time.perf_counter() - started,
+    )
+
+
+def describe(found: dict[str, Any]) -> str:
+    """What `probe` found, in one line."""
+    tagged = "." in found["model"]
+    name = found["model"] if tagged else f"{found['model']} ({Path(found['weights']).name})"
+    size = " x ".join(map(str, dict.fromkeys(found["input_size"][1:])))  # one number for a square
+    return (
+        f"{name} at {size} px on {found['data']}: {found['classes']} classes, "
+        f"{found['train_images']} + {found['val_images']} images, k-NN {found['knn']['top1']:.2f} %, "
+        f"linear {found['linear']['top1']:.2f} % (C {found['linear']['C']:g}), {found['features']} features, "
+        f"{found['seconds']:.0f} s"
+    )
