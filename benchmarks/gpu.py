@@ -21,7 +21,10 @@ from typing import Any, NamedTuple
 from .workers import descendants, kill
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("tests", "infer", "train", "latency", "roofline", "cifar")
+STEPS = ("distill", "tests", "infer", "train", "latency", "roofline", "cifar")
+NEEDS = dict(distill="needs --photos and --teacher", cifar="needs --data")
+# Epochs that an H100 with 16 slow cores has in the eight minutes, all four at once.
+STUDENTS = ("container_light=24", "container_light_tiny=24", "container_light_nano=40", "container_nano=32")
 PROJECT = "container-timm"
 OURS = ("container_light", "container_light_mlp4", "container")
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "pvt_v2_b2")
@@ -49,6 +52,8 @@ def plan(
     released: str | None,
     data: str | None,
     names: Sequence[str] = STEPS,
+    photos: Sequence[str] = (),
+    teacher: str | None = None,
 ) -> list[Step]:
     """Steps of those names, in order of worth.
 
@@ -59,6 +64,8 @@ def plan(
         released: The authors' models.py.
         data: CIFAR-10.
         names: Which.
+        photos: Folders to learn from.
+        teacher: Weights of EfficientNet-Lite2 in timm's layout.
     """
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
@@ -99,7 +106,13 @@ def plan(
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
     cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 64, "--epochs", 1] if rehearse else [])]
+    distill: list[object] = [*STUDENTS, "--photos", *photos, "--teacher-checkpoint", teacher, "--out", out / "distill"]
+    if rehearse:
+        distill += ["--teacher", "test_convnext", "--device", "cpu", "--img-size", 32, "--batch-size", 16]
+        distill[:4] = ["container_light_nano=2", "container_nano=2"]
+        distill += ["--view-epochs", 1]
     commands = dict(
+        distill=[command("benchmarks.distill", *distill, "--seconds", "{left}")] if photos and teacher else [],
         tests=[command("pytest", *pytest)],
         infer=[speed("infer", infer, 256, 8)],
         train=[
@@ -116,8 +129,8 @@ def plan(
         cifar=[measured("cifar", 256, *cifar)] if data else [],
     )
     # Seconds of an H100 with 16 cores, of which compilers take the most; the last step takes what is left.
-    share = dict(tests=110, infer=115, train=150, latency=50, roofline=55)
-    least = dict(tests=60, infer=60, train=60, latency=30, roofline=25, cifar=45)
+    share = dict(distill=480 if photos and teacher else 0, tests=110, infer=115, train=150, latency=50, roofline=55)
+    least = dict(distill=60, tests=60, infer=60, train=60, latency=30, roofline=25, cifar=45)
     scale = seconds / max(1, sum(share.get(name, 0) for name in names))
     return [
         Step(name, scale * share.get(name, seconds / scale), min(1.0, scale) * least[name], commands[name])
@@ -129,8 +142,14 @@ def plan(
 # ---------------------------------------------------------------------------------------------------------- the check
 
 
-def check(rehearse: bool, released: str | None, data: str | None) -> dict[str, Any]:
-    """What is here, and in `missing` what is not and has to be."""
+def check(rehearse: bool, files: dict[str, str | None], photos: Sequence[str] = ()) -> dict[str, Any]:
+    """What is here, and in `missing` what is not and has to be.
+
+    Args:
+        rehearse: Whether a GPU is not needed.
+        files: Paths that were given, by flag.
+        photos: Folders that were given.
+    """
     from packaging.requirements import Requirement
 
     found: dict[str, Any] = dict(python=sys.version.split()[0], missing=[])
@@ -148,7 +167,7 @@ def check(rehearse: bool, released: str | None, data: str | None) -> dict[str, A
             continue
         if not requirement.specifier.contains(found[requirement.name], prereleases=True):
             found["missing"].append(f"{requirement} (here is {found[requirement.name]})")
-    for name, path in (("--released", released), ("--data", data)):
+    for name, path in (*files.items(), *(("--photos", path) for path in photos)):
         if path is not None and not Path(path).exists():
             found["missing"].append(f"{name} {path}")
     if not rehearse and not found["missing"]:
@@ -232,7 +251,7 @@ def run(steps: list[Step], out: Path, seconds: float, environment: dict[str, str
     for step in steps:
         left = end - time.monotonic()
         if not step.commands:
-            records[step.name] = dict(outcome="left out", seconds=0, said="needs --data")
+            records[step.name] = dict(outcome="left out", seconds=0, said=NEEDS[step.name])
             continue
         if left < step.least:
             records[step.name] = dict(outcome="left out", seconds=0, said=f"{left:.0f} s left, {step.least:.0f} needed")
@@ -279,6 +298,14 @@ def make_images(folder: Path) -> None:
                 Image.frombytes("RGB", (32, 32), pixels).save(folder / split / name / f"{i}.png")
 
 
+def make_teacher(file: Path) -> None:
+    """A small model with random weights, for the rehearsal."""
+    import timm
+    import torch
+
+    torch.save(timm.create_model("test_convnext").state_dict(), file)
+
+
 def write(out: Path, records: dict[str, Any]) -> None:
     """Writes `summary.json`."""
     temporary = out / "summary.json.tmp"
@@ -296,15 +323,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10: DIR/{train,test}/CLASS/*")
+    parser.add_argument("--photos", nargs="+", default=[], metavar="DIR", help="photos for distill: DIR/{train,val}/**")
+    parser.add_argument("--teacher", metavar="FILE", help="EfficientNet-Lite2, by examples/efficientnet_lite.py")
     parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # where paths begin
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} are none")
     origin = Path(args.origin).resolve()
-    released, data = (None if path is None else str(origin / path) for path in (args.released, args.data))
+    released, data, teacher = (
+        None if path is None else str(origin / path) for path in (args.released, args.data, args.teacher)
+    )
+    photos = [str(origin / path) for path in args.photos]
     out = origin / args.out
     out.mkdir(parents=True, exist_ok=True)
-    found = check(args.rehearse, released, data)
+    found = check(args.rehearse, {"--released": released, "--data": data, "--teacher": teacher}, photos)
     (out / "check.json").write_text(json.dumps(found, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in found.items() if key != "missing"), flush=True)
     if found["missing"]:
@@ -312,6 +344,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.rehearse and data is None:
         data = str(out / "images")
         make_images(Path(data))
+    if args.rehearse and not photos and data is not None:
+        photos, teacher = [data], str(out / "teacher.pth")
+        make_teacher(Path(teacher))
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
@@ -323,7 +358,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: who loses its parent becomes ours, to be killed
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     seconds = 60 * args.minutes - (time.monotonic() - start)
-    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only))
+    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), photos, teacher)
     records = run(steps, out, seconds, environment)
     print(f"\n== after {time.monotonic() - start:.0f} s")
     for name, record in sorted(records.items(), key=lambda item: STEPS.index(item[0])):

@@ -517,6 +517,23 @@ def test_a_budget_that_is_over_ends_the_step_that_runs(tmp_path):
     assert 2 < time.perf_counter() - start < 4 + 5
 
 
+@pytest.mark.slow
+def test_students_learn_side_by_side(images, tmp_path):
+    """From one set of views; cut off by the time they save, and a later call goes on."""
+    gpu.make_teacher(tmp_path / "teacher.pth")
+    words = ["container_light_nano=3", "container_nano=2", "--photos", images, "--device", "cpu", "--img-size", 32]
+    words += ["--teacher", "test_convnext", "--teacher-checkpoint", tmp_path / "teacher.pth", "--batch-size", 16]
+    words += ["--view-epochs", 1, "--out", tmp_path / "out"]
+    cut = command("distill", *words, "--seconds", 12)
+    assert "container_nano: 0 of 2 epochs" in cut.stdout or "of 3 epochs" in cut.stdout
+    done = command("distill", *words)
+    assert "container_light_nano: 3 of 3 epochs" in done.stdout and "container_nano: 2 of 2 epochs" in done.stdout
+    (views,) = (tmp_path / "out" / "views").glob("*/*.views")
+    assert views.stat().st_size > 16 * 3 * 32 * 32
+    for name in ("container_light_nano", "container_nano"):
+        assert (tmp_path / "out" / name / "model_best.safetensors").is_file()
+
+
 def test_a_second_call_goes_on(tmp_path):
     """What is done is not repeated, unless asked for by name; what is not has all of the time."""
     assert gpu.left_to_do(tmp_path, None) == list(gpu.STEPS)
@@ -526,7 +543,7 @@ def test_a_second_call_goes_on(tmp_path):
         tmp_path, {name: dict(outcome="done") for name in ("infer", "train")} | dict(tests=dict(outcome="killed"))
     )
     left = gpu.left_to_do(tmp_path, None)
-    assert left == ["tests", "latency", "roofline", "cifar"]
+    assert left == ["distill", "tests", "latency", "roofline", "cifar"]
     assert gpu.left_to_do(tmp_path, ["infer", "tests"]) == ["tests", "infer"]
     plan = gpu.plan(tmp_path, 240, False, None, "cifar10", left)
     assert [step.name for step in plan] == left
@@ -536,7 +553,7 @@ def test_a_second_call_goes_on(tmp_path):
 
 def test_every_entry_of_the_plan_is_known(tmp_path):
     """What the rehearsal replaces by smaller models is read here as the GPU will read it."""
-    plan = gpu.plan(tmp_path, 480, False, "models.py", "cifar10")
+    plan = gpu.plan(tmp_path, 480, False, "models.py", "cifar10", photos=["a", "b"], teacher="teacher.pth")
     assert [step.name for step in plan] == list(gpu.STEPS)
     entries = set()
     for words in (words for step in plan for words in step.commands):
@@ -552,24 +569,27 @@ def test_every_entry_of_the_plan_is_known(tmp_path):
 def test_without_data_or_the_release_the_plan_says_so(tmp_path):
     plan = gpu.plan(tmp_path, 480, False, None, None)
     assert not any("released" in word for step in plan for words in step.commands for word in words)
-    found = gpu.run(plan[-1:], tmp_path, 60, dict(os.environ))
+    found = gpu.run([plan[0], plan[-1]], tmp_path, 60, dict(os.environ))
     assert found["cifar"] == dict(outcome="left out", seconds=0, said="needs --data")
+    assert found["distill"] == dict(outcome="left out", seconds=0, said="needs --photos and --teacher")
+    assert sum(step.seconds for step in plan[:-1]) == pytest.approx(480)
 
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(gpu, "requires", lambda name: ["timm>=99", "no-such-package", "seldom; extra == 'docs'"])
-    found = gpu.check(True, "nowhere/models.py", None)
+    found = gpu.check(True, {"--released": "nowhere/models.py", "--data": None}, ["gone"])
     assert found["missing"] == [
         f"timm>=99 (here is {timm.__version__})",
         "no-such-package",
         "--released nowhere/models.py",
+        "--photos gone",
     ]
 
     def absent(name):
         raise PackageNotFoundError(name)
 
     monkeypatch.setattr(gpu, "requires", absent)
-    assert "container-timm itself" in gpu.check(True, None, None)["missing"][0]
+    assert "container-timm itself" in gpu.check(True, {})["missing"][0]
 
 
 @pytest.mark.parametrize("work", ["infer", "latency"])

@@ -157,6 +157,7 @@ def test_models_that_cannot_answer():
         predict([SAMPLE], tied)
 
 
+@pytest.mark.slow
 def test_as_a_user_types_it(tmp_path):
     result = subprocess.run(
         [sys.executable, "-m", "container", "predict", "--model", OURS],

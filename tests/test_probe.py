@@ -232,6 +232,7 @@ def test_a_checkpoint_at_another_size(folder, tmp_path):
     torch.testing.assert_close(probe.features(loaded, val, config, 0)[0], x)
 
 
+@pytest.mark.slow
 def test_a_process(folder, tmp_path):
     """Random weights are called so."""
     result = subprocess.run(
