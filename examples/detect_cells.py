@@ -15,8 +15,7 @@ from typing import Any
 
 import torch
 from bccd import CLASSES, Cells
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
+from detector import add_arguments, batches, train
 from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
 from tqdm import tqdm
@@ -35,29 +34,11 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
-    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
-    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
     parser.add_argument("--untrained-backbone", action="store_true", help="keep the backbone as it is at the start")
     parser.add_argument("--output", default="cells", help="folder for the result and the picture")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--size", type=int, default=320, help="short side of a photo")
-    parser.add_argument("--channels", type=int, default=64, help="of the pyramid and the head")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser, epochs=20)
     return parser.parse_args()
-
-
-def batches(cells: Cells, batch_size: int, shuffle: bool) -> DataLoader:
-    """Lists of images and of targets; photos may differ in size."""
-    return DataLoader(
-        cells,
-        batch_size,
-        shuffle,
-        collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))),
-        drop_last=shuffle,
-    )
 
 
 @torch.inference_mode()
@@ -101,29 +82,9 @@ def main() -> None:
     ).to(args.device)
     if args.untrained_backbone:
         model.backbone.body.requires_grad_(False)  # its batch norms still follow the photos
-    train = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
+    loader = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
     test_cells = Cells(args.data_dir, "test")
-    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05)
-    steps = args.epochs * len(train)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", num_epochs=steps, warmup_epochs=len(train), warmup_lr=1e-5, step_on_epochs=True
-    )
-    bar, step = tqdm(total=steps), 0
-    for epoch in range(args.epochs):
-        model.train()
-        for images, targets in train:
-            images = [image.to(args.device) for image in images]
-            targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
-            loss = sum(model(images, targets).values())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            step += 1
-            scheduler.step(step)
-            bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
-    bar.close()
+    train(model, loader, args.epochs, args.lr, args.device)
     result = evaluate(model, batches(test_cells, args.batch_size, shuffle=False), args.device)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -18,10 +18,9 @@ from typing import Any
 
 import numpy as np
 import torch
+from detector import add_arguments, batches, train
 from PIL import Image
-from timm.optim import create_optimizer_v2
-from timm.scheduler import create_scheduler_v2
-from torch.utils.data import DataLoader, Dataset
+from torch.utils.data import Dataset
 from torchvision.ops import masks_to_boxes
 from torchvision.transforms import v2
 from torchvision.tv_tensors import Image as Picture
@@ -79,28 +78,10 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="dsb2018", help="folder of the images")
-    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
-    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
     parser.add_argument("--output", default="nuclei", help="folder for the result and the picture")
-    parser.add_argument("--epochs", type=int, default=10)
-    parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--crop", type=int, default=160, help="side of what is trained on, in pixels")
-    parser.add_argument("--channels", type=int, default=64, help="of the pyramid")
-    parser.add_argument("--lr", type=float, default=1e-3)
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    add_arguments(parser, epochs=10)
     return parser.parse_args()
-
-
-def batches(nuclei: Nuclei, batch_size: int, shuffle: bool) -> DataLoader:
-    """Lists of images and of targets; images may differ in size."""
-    return DataLoader(
-        nuclei,
-        batch_size,
-        shuffle,
-        collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))),
-        drop_last=shuffle,
-    )
 
 
 @torch.inference_mode()
@@ -142,28 +123,8 @@ def main() -> None:
     size, folder = SCALE * args.crop, Path(args.data_dir)
     options = dict(pretrained=args.pretrained, out_channels=args.channels)
     model: Any = mask_rcnn(args.backbone, 2, min_size=size, max_size=4 * size, **options).to(args.device)
-    train, held_out = batches(Nuclei(folder / "train", args.crop), args.batch_size, True), Nuclei(folder / "val")
-    optimizer = create_optimizer_v2(model, "adamw", lr=args.lr, weight_decay=0.05)
-    steps = args.epochs * len(train)
-    scheduler, _ = create_scheduler_v2(
-        optimizer, "cosine", num_epochs=steps, warmup_epochs=len(train), warmup_lr=1e-5, step_on_epochs=True
-    )
-    bar, step = tqdm(total=steps), 0
-    for epoch in range(args.epochs):
-        model.train()
-        for images, targets in train:
-            images = [image.to(args.device) for image in images]
-            targets = [{key: value.to(args.device) for key, value in target.items()} for target in targets]
-            loss = sum(model(images, targets).values())
-            optimizer.zero_grad()
-            loss.backward()
-            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
-            optimizer.step()
-            step += 1
-            scheduler.step(step)
-            bar.update()
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
-    bar.close()
+    loader, held_out = batches(Nuclei(folder / "train", args.crop), args.batch_size, True), Nuclei(folder / "val")
+    train(model, loader, args.epochs, args.lr, args.device)
     result = evaluate(model, held_out, args.device)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

@@ -86,9 +86,9 @@ def test_nuclei(nuclei, tmp_path):
 
 
 def test_a_nucleus_is_a_mask_and_the_box_around_it(nuclei, monkeypatch):
-    monkeypatch.syspath_prepend(ROOT)
+    monkeypatch.syspath_prepend(ROOT / "examples")
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
-    from examples.segment_nuclei import Nuclei
+    from segment_nuclei import Nuclei
 
     image, target = Nuclei(nuclei / "val")[0]
     assert image.shape == (3, 64, 80) and target["masks"].shape == (3, 64, 80)

@@ -1,0 +1,66 @@
+"""How the examples train torchvision's detectors: AdamW with a cosine schedule by steps."""
+
+import argparse
+from typing import Any
+
+import torch
+from timm.optim import create_optimizer_v2
+from timm.scheduler import create_scheduler_v2
+from torch.utils.data import DataLoader, Dataset
+from tqdm import tqdm
+
+
+def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
+    """What both examples let one choose."""
+    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
+    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
+    parser.add_argument("--epochs", type=int, default=epochs)
+    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--channels", type=int, default=64, help="of the pyramid and the head")
+    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+
+
+def batches(images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
+    """Lists of images and of targets; images may differ in size."""
+    return DataLoader(
+        images,
+        batch_size,
+        shuffle,
+        collate_fn=lambda batch: tuple(map(list, zip(*batch, strict=True))),
+        drop_last=shuffle,
+    )
+
+
+def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str) -> None:
+    """Trains a detector whose losses are what it returns for images and targets.
+
+    Args:
+        model: On the device.
+        loader: Of `batches`.
+        epochs: Over the data; in the first one the rate rises.
+        lr: The highest rate.
+        device: Where.
+    """
+    optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
+    steps = epochs * len(loader)
+    scheduler, _ = create_scheduler_v2(
+        optimizer, "cosine", num_epochs=steps, warmup_epochs=len(loader), warmup_lr=1e-5, step_on_epochs=True
+    )
+    bar, step = tqdm(total=steps), 0
+    for epoch in range(epochs):
+        model.train()
+        for images, targets in loader:
+            images = [image.to(device) for image in images]
+            targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
+            loss = sum(model(images, targets).values())
+            optimizer.zero_grad()
+            loss.backward()
+            torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+            optimizer.step()
+            step += 1
+            scheduler.step(step)
+            bar.update()
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+    bar.close()
