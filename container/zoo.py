@@ -21,7 +21,7 @@ from . import weights
 from .container import default_cfgs
 from .files import write_atomically
 
-__all__ = ["columns", "convert", "export", "fetch", "table", "verify"]
+__all__ = ["card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
 def table(markdown: bool = False) -> str:
@@ -253,8 +253,21 @@ def export(name: str, folder: str | Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes")  # it stands at the top; here transformers' TimmWrapper would pass it twice
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
+    (folder / "README.md").write_text(card(name), encoding="utf-8")
+
+
+def card(name: str) -> str:
+    """A model card in Markdown, of what is on record.
+
+    Args:
+        name: `architecture.tag`.
+
+    Raises:
+        KeyError: There is no such record.
+    """
+    record = weights.record(name)
     training, licence = record["training"] or {}, record["license"]
-    card = dict(
+    said = dict(
         license=licence["weights"] or "unknown",
         library_name="timm",
         description=f"{_first_sentence(record['architecture'])}. {record['limits'] or ''}".rstrip(),
@@ -279,4 +292,4 @@ def export(name: str, folder: str | Path) -> None:
             ```"""
         ),
     )
-    (folder / "README.md").write_text(generate_readme(card, name), encoding="utf-8")
+    return generate_readme(said, name)

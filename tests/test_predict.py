@@ -95,6 +95,7 @@ def test_names_of_a_file(tmp_path):
     assert class_names(other) == ["0", "1", "2"]
 
 
+@pytest.mark.slow
 def test_other_models_of_timm(tmp_path, capsys):
     """Weights of a file are all loaded, and the size of images is the model's from its making."""
     model = timm.create_model("vit_tiny_patch16_224", num_classes=4)

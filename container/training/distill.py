@@ -199,7 +199,7 @@ class Views:
         """
         parts = [t.detach().cpu().contiguous().numpy().tobytes() for t in (pixels, logits)]
         content = b"".join(parts)
-        descriptor = os.open(self.path(epoch), os.O_WRONLY | os.O_CREAT)
+        descriptor = os.open(self.path(epoch), os.O_WRONLY | os.O_CREAT, 0o666)
         with open(descriptor, "wb") as file:
             file.seek(i * self.record)
             file.write(content + zlib.crc32(content).to_bytes(4, "big"))

@@ -262,7 +262,7 @@ class Run:
         passes, views, kept = self.steps * args.grad_accum, None, None
         if args.view_epochs:
             names = ["teacher", "teacher_size", "seed", "scale", "train_interpolation", "hflip", "aa", "color_jitter"]
-            names += ["aug_repeats", "reprob", "mixup", "cutmix", "loader"]
+            names += ["aug_repeats", "reprob", "mixup", "cutmix", "loader", "amp"]
             shape = [args.batch_size, *config["input_size"]]
             made_from = {name: getattr(args, name) for name in names}
             made_from |= {key: config[key] for key in ("mean", "std", "interpolation")}

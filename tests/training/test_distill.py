@@ -184,7 +184,8 @@ def test_runs_share_views(distil, tmp_path, monkeypatch):
     assert other["progress"]["epoch"] == 4
 
 
-@pytest.mark.parametrize("repeat", ["2", pytest.param("0", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("repeat", ["0", "2"])
 def test_a_run_goes_on_to_the_bit(distil, monkeypatch, repeat):
     """Cut off at each of its steps, in an epoch that is drawn, and in one that is read."""
     whole, after = distil("--view-epochs", repeat, output="whole"), Run.after_step
@@ -214,6 +215,7 @@ def test_labels_are_not_read(distil, folder):
     assert_same(before, distil(folders=(folder, folder.parent / "more"), output="two"))
 
 
+@pytest.mark.slow
 def test_a_student_comes_to_agree_with_its_teacher(distil, folder, tmp_path):
     """The teacher tells bright images from dark ones, which it calls classes 7 and 3."""
     model = timm.create_model("test_convnext", num_classes=10)
