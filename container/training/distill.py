@@ -72,7 +72,7 @@ class Teacher:
         compute: Compute,
     ) -> None:
         overlay = dict(file=checkpoint, num_classes=num_classes) if checkpoint else None
-        self.name, self.size, self.compute = name, size, compute
+        self.size, self.compute = size, compute
         model: Any = create_model(name, pretrained=True, num_classes=num_classes, pretrained_cfg_overlay=overlay)
         self.model = model.eval().requires_grad_(False).to(compute.device, memory_format=torch.channels_last)
         own = model.pretrained_cfg["mean"], model.pretrained_cfg["std"]
