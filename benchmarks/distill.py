@@ -1,86 +1,315 @@
-"""Photo weights in some minutes: models learn one teacher's logits side by side, from the same views.
+"""Photo weights in some minutes of one GPU: several students learn one teacher's logits, from the same fresh views.
 
-python -m benchmarks.distill container_light=24 container_nano=32 --photos DIR --teacher-checkpoint FILE --out OUT
+python -m benchmarks.distill container_light=1e-3 container_nano=2e-3 --photos DIR --teacher-checkpoint FILE --out OUT
 
-A model comes with its epochs. The first runs alone until the epochs of views that repeat are on disk, with what the
-teacher says of them; then all run, and ask it no more. Each is `train_imagenet.py --recipe distill --resume force` in
-OUT/MODEL: the same command goes on with what is left, with fewer epochs too, if time is short.
+A student comes with its highest learning rate. All photos lie on the device,
+where crops are drawn; the teacher sees each view once, and all students learn from what it says. On a GPU the whole
+step is one CUDA graph: models this small take longer to launch than to compute. The rate follows the time, as a
+cosine: a run is over when its --seconds are. What `train_imagenet.py --recipe distill` does for one student and a
+repeatable run, this does for a budget.
 """
 
 import argparse
-import csv
-import signal
-import subprocess
-import sys
+import json
+import math
 import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
+from typing import Any
 
+import numpy as np
 import timm
+import torch
+from PIL import Image
+from safetensors.torch import save
+from timm.data import ImageNetInfo
+from timm.optim import param_groups_weight_decay
+from torch import Tensor
+from torchvision.ops import roi_align
 
 import container  # noqa: F401  (registers the models)
+from container import weights
+from container.files import write_atomically
+from container.training import Compute, Divergence, Images, Teacher, open_photos
 
-ROOT = Path(__file__).resolve().parent.parent
+from . import measure
+
+_LONG = 204  # pixels of the longer side of a photo that is kept: 136 by 3 / 2
+_TRIES = 10  # boxes of which the first that fits is taken, as in timm
+_MEAN, _STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
-def epochs_done(run: Path) -> int:
-    """Whole epochs of a run, by its `summary.csv`."""
-    file = run / "summary.csv"
-    return len(list(csv.DictReader(file.read_text().splitlines()))) if file.is_file() else 0
+def load(photos: Images, side: int, device: torch.device, workers: int) -> tuple[Tensor, Tensor]:
+    """All photos on the device.
+
+    Args:
+        photos: Whose labels are not read.
+        side: Pixels that the longer side has at most.
+        device: Where.
+        workers: Threads that decode.
+
+    Returns:
+        Pixels, uint8, of shape (photos, 3, side, side), each in the upper left corner and its edges repeated; heights
+        and widths, of shape (photos, 2).
+    """
+    pixels = torch.empty(len(photos), 3, side, side, dtype=torch.uint8)
+    sizes = torch.empty(len(photos), 2)
+
+    def place(i: int) -> None:
+        image: Any = photos[i][0]
+        image.thumbnail((side, side), Image.Resampling.BICUBIC)
+        sizes[i] = torch.tensor([image.height, image.width])
+        edges = ((0, side - image.height), (0, side - image.width), (0, 0))
+        pixels[i] = torch.from_numpy(np.pad(np.asarray(image), edges, mode="edge")).permute(2, 0, 1)
+
+    with ThreadPoolExecutor(workers) as pool:
+        list(pool.map(place, range(len(photos))))
+    return pixels.to(device), sizes.to(device)
 
 
-def start(model: str, epochs: int, out: Path, settings: list[str]) -> subprocess.Popen[bytes]:
-    """A run of a model in its folder; what it prints goes to a log beside it."""
-    command = [sys.executable, "-u", str(ROOT / "train_imagenet.py"), "--recipe", "distill", "--resume", "force"]
-    command += ["--model", model, "--epochs", str(epochs), "--output", str(out / model)]
-    with (out / f"{model}.log").open("ab") as log:
-        return subprocess.Popen([*command, "--view-dir", str(out / "views"), *settings], stdout=log, stderr=log)
+def boxes(sizes: Tensor, scale: tuple[float, float], random: torch.Generator) -> Tensor:
+    """Crops as timm draws them: a share of the area, a ratio of sides from 3 / 4 to 4 / 3, the whole if none fits.
+
+    Args:
+        sizes: Heights and widths, of shape (images, 2).
+        scale: Of the share.
+        random: On the device of the sizes.
+
+    Returns:
+        Left, top, right and bottom, of shape (images, 4).
+    """
+    count = len(sizes)
+
+    def uniform(low: float, high: float, *shape: int) -> Tensor:
+        return low + (high - low) * torch.rand(shape, generator=random, device=sizes.device)
+
+    area = uniform(*scale, count, _TRIES) * sizes.prod(dim=1, keepdim=True)
+    ratio = uniform(math.log(3 / 4), math.log(4 / 3), count, _TRIES).exp()
+    tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2)  # heights and widths
+    fits = (tries <= sizes[:, None]).all(dim=2)
+    first = fits.int().argmax(dim=1)  # of several, the first
+    chosen = tries[torch.arange(count, device=sizes.device), first]
+    chosen = torch.where(fits.any(dim=1, keepdim=True), chosen, sizes)
+    corner = uniform(0, 1, count, 2) * (sizes - chosen)
+    return torch.cat([corner.flip(1), (corner + chosen).flip(1)], dim=1)
+
+
+def views(pixels: Tensor, sizes: Tensor, scale: tuple[float, float], size: int, random: torch.Generator) -> Tensor:
+    """Views of photos as all models see them: cropped, flipped, normalized, mixed in pairs.
+
+    Each is mixed with the one at its place from the end, x' = l x + (1 - l) x_j, with l uniform in [0, 1]: mixup
+    (Zhang et al. 2018) with alpha 1, drawn for each image, as in Beyer et al. 2022.
+
+    Args:
+        pixels: Photos, of shape (images, 3, side, side).
+        sizes: Theirs, of shape (images, 2).
+        scale: Share of the area.
+        size: Side of a view.
+        random: On the same device.
+
+    Returns:
+        Float32, of shape (images, 3, size, size).
+    """
+    count, device = len(pixels), pixels.device
+    numbers = torch.arange(count, device=device, dtype=torch.float32)[:, None]
+    crops = torch.cat([numbers, boxes(sizes, scale, random)], dim=1)
+    images = roi_align(pixels.float(), crops, size, aligned=True)
+    flipped = torch.rand(count, 1, 1, 1, generator=random, device=device) < 0.5
+    images = torch.where(flipped, images.flip(3), images)
+    mean, std = (torch.tensor(values, device=device).mul(255).view(1, 3, 1, 1) for values in (_MEAN, _STD))
+    share = torch.rand(count, 1, 1, 1, generator=random, device=device)
+    images = (images - mean) / std
+    return images.lerp(images.flip(0), share)
+
+
+class Student:
+    """A model that learns, with its optimizer.
+
+    Args:
+        name: A timm model.
+        rate: Highest learning rate.
+        checkpoint: Weights to begin from, or None for random ones.
+        loss: Of its logits from the teacher's.
+        compute: Where, in which type and layout.
+        clip: Largest norm of a gradient.
+    """
+
+    def __init__(
+        self, name: str, rate: float, checkpoint: Path | None, loss: Divergence, compute: Compute, clip: float = 1.0
+    ) -> None:
+        model = weights.create(name, checkpoint) if checkpoint else timm.create_model(name, num_classes=1000)
+        self.name, self.rate, self.divergence, self.compute, self.clip = name, rate, loss, compute, clip
+        self.model = model.train().to(compute.device)
+        if compute.channels_last:
+            self.model.to(memory_format=torch.channels_last)
+        gpu = compute.device.type == "cuda"  # in a graph the rate has to be a tensor on the device
+        self.lr = torch.zeros((), device=compute.device)
+        groups = param_groups_weight_decay(self.model, 0.05)
+        self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=gpu or None, capturable=gpu)
+        self.loss = torch.zeros((), device=compute.device)  # the sum over steps
+
+    def learn(self, images: Tensor, logits: Tensor) -> None:
+        """A step of AdamW.
+
+        Args:
+            images: Views, of shape (images, 3, side, side).
+            logits: The teacher's, of shape (images, classes).
+        """
+        with self.compute.autocast():
+            loss = self.divergence(self.model(self.compute.layout(images)), logits)
+        self.optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(self.model.parameters(), self.clip)
+        self.optimizer.step()
+        self.loss += loss.detach()
+
+    def mean_loss(self, steps: int) -> float:
+        """The mean over so many steps, all since the last call."""
+        mean = float(self.loss) / steps
+        self.loss.zero_()
+        return mean
+
+    def save(self, folder: Path) -> None:
+        """Writes `MODEL.safetensors`, in half precision, with the names of the classes."""
+        state = {
+            key: tensor.half() if tensor.is_floating_point() else tensor
+            for key, tensor in self.model.state_dict().items()
+        }
+        state = {key: tensor.cpu().contiguous() for key, tensor in state.items()}
+        names = dict(classes=json.dumps(ImageNetInfo().label_names()))
+        write_atomically(folder / f"{self.name}.safetensors", save(state, metadata=names))
+
+
+def one_graph(step: Callable[[], None]) -> Callable[[], None]:
+    """The step as one CUDA graph, after three in which all that it needs is made."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        for _ in range(3):
+            step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        step()
+    return graph.replay
+
+
+def rate_at(passed: float, warmup: float = 0.03) -> float:
+    """Share of the highest learning rate: linear up, then half a cosine down to zero.
+
+    Args:
+        passed: Share of the run.
+        warmup: Share of the run that it takes to rise.
+    """
+    if passed < warmup:
+        return passed / warmup
+    return 0.5 * (1 + math.cos(math.pi * min(1.0, (passed - warmup) / (1 - warmup))))
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs the models until all are done, or the time is over, when they save where they are."""
+    """Trains until the time is over, and writes weights and `distill.json` every minute."""
     begin = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+", metavar="MODEL=EPOCHS")
-    parser.add_argument("--photos", nargs="+", required=True, metavar="DIR", help="folders with train/ and val/")
+    parser.add_argument("students", nargs="+", metavar="MODEL=RATE")
+    parser.add_argument("--begin-from", type=Path, metavar="DIR", help="weights DIR/MODEL.safetensors to begin from")
+    parser.add_argument(
+        "--photos", nargs="+", required=True, metavar="DIR", help="folders, with train/ and val/ or not"
+    )
+    parser.add_argument("--exclude", default="ILSVRC2012_val_*", help="names of files to leave out")
     parser.add_argument("--teacher", default="tf_efficientnet_lite2")
     parser.add_argument("--teacher-checkpoint", required=True, metavar="FILE")
+    parser.add_argument("--teacher-size", type=int, default=224)
+    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of a photo that a view shows")
     parser.add_argument("--seconds", type=float, default=480.0, help="for everything; default 480")
-    parser.add_argument("--view-epochs", type=int, default=5, help="of views that repeat")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--img-size", type=int, default=128)
-    parser.add_argument("--device", default="cuda")
+    parser.add_argument("--workers", type=int, default=16, help="threads that decode")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--log-steps", type=int, default=50)
+    parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
     args = parser.parse_args(argv)
-    models = dict(word.partition("=")[::2] for word in args.models)
-    if odd := [name for name, epochs in models.items() if not (timm.is_model(name) and epochs.isdigit())]:
-        raise SystemExit(f"benchmarks: {odd[0]}={models[odd[0]]} is no MODEL=EPOCHS")
+    rates: dict[str, float] = {}
+    for word in args.students:
+        name, _, rate = word.partition("=")
+        try:
+            rates[name] = float(rate)
+        except ValueError:
+            raise SystemExit(f"benchmarks: {word} is no MODEL=RATE") from None
+        if not timm.is_model(name):
+            raise SystemExit(f"benchmarks: timm knows no model {name!r}")
+    device = measure.pick_device(args.device)
+    torch.backends.cudnn.benchmark = False  # for five models its trials take more than a minute
+    compute = Compute(device, "bfloat16" if device.type == "cuda" else "none", channels_last=True)
+    torch.manual_seed(args.seed)
+    random = torch.Generator(device).manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    settings = ["--data-dir", *args.photos, "--exclude", "ILSVRC2012_val_*", "--device", args.device]
-    for name in ("teacher", "teacher_checkpoint", "view_epochs", "batch_size", "img_size"):
-        settings += [f"--{name.replace('_', '-')}", str(getattr(args, name))]
-    first, end, running = next(iter(models)), begin + args.seconds, {}
-    stopped = False
-    while True:
-        recorded = epochs_done(args.out / first) >= min(args.view_epochs, int(models[first]))
-        for name in list(models) if recorded else [first]:
-            if name not in running:
-                running[name] = start(name, int(models[name]), args.out, settings)
-        alive = [process for process in running.values() if process.poll() is None]
-        failed = [name for name, process in running.items() if process.poll() not in (None, 0)]
-        if (not stopped and time.monotonic() > end) or (failed and not stopped):
-            stopped = True
-            for process in alive:
-                process.send_signal(signal.SIGTERM)  # it saves
-        if not alive and (stopped or recorded):
-            break
-        time.sleep(0.2)
-    for name, epochs in models.items():
-        print(f"{name}: {epochs_done(args.out / name)} of {epochs} epochs, {args.out / name}")
-    ended = (0, 128 + signal.SIGTERM, -signal.SIGTERM)  # done, stopped, stopped before it had begun
-    if failed := [name for name, process in running.items() if process.poll() not in ended]:
-        raise SystemExit(f"benchmarks: {failed[0]} failed: {args.out / failed[0]}.log")
+    teacher = Teacher(args.teacher, args.teacher_checkpoint, 1000, args.teacher_size, _MEAN, _STD, compute)
+    loss = Divergence(args.temperature)
+    students = []
+    for name, rate in rates.items():
+        file = args.begin_from and args.begin_from / f"{name}.safetensors"
+        students.append(Student(name, rate, file if file and file.is_file() else None, loss, compute))
+    photos, _ = open_photos(args.photos, args.exclude)
+    pixels, sizes = load(photos, _LONG, device, args.workers)
+    if len(pixels) < args.batch_size:
+        raise SystemExit(f"benchmarks: {len(pixels)} photos are no batch of {args.batch_size}")
+    print(f"{len(pixels)} photos on {device} after {time.monotonic() - begin:.1f} s", flush=True)
+
+    images = torch.empty(args.batch_size, 3, args.img_size, args.img_size, device=device)
+    order = torch.empty(0, dtype=torch.long, device=device)
+
+    def draw() -> None:
+        nonlocal order
+        if len(order) < args.batch_size:
+            order = torch.randperm(len(pixels), device=device, generator=random)
+        chosen, order = order.tensor_split([args.batch_size])
+        images.copy_(views(pixels[chosen], sizes[chosen], args.scale, args.img_size, random))
+
+    def step() -> None:
+        logits = teacher(images)
+        for student in students:
+            student.learn(images, logits)
+
+    draw()
+    replay = one_graph(step) if device.type == "cuda" and not args.eager else step
+    start = written = time.monotonic()
+    for student in students:
+        student.loss.zero_()
+    print(f"ready after {start - begin:.1f} s", flush=True)
+    rows: list[dict[str, float]] = []
+    steps = since = 0
+    while not rows or rows[-1]["passed"] < 1:
+        now = time.monotonic()
+        passed = min(1.0, (now - start) / max(1e-9, begin + args.seconds - start))
+        draw()
+        for student in students:
+            student.lr.fill_(student.rate * rate_at(passed))
+        replay()
+        steps, since = steps + 1, since + 1
+        if device.type == "cuda":
+            torch.cuda.synchronize()  # or the host would run far ahead of the time that it reads
+        if passed == 1 or since == args.log_steps:
+            row = dict(step=steps, seconds=round(time.monotonic() - begin, 1), passed=passed, rate=rate_at(passed))
+            rows.append(row | {student.name: student.mean_loss(since) for student in students})
+            print(", ".join(f"{key} {value:.4g}" for key, value in rows[-1].items()), flush=True)
+            since = 0
+        if passed == 1 or now - written > 60:
+            written = now
+            for student in students:
+                student.save(args.out)
+            settings = {key: str(value) for key, value in vars(args).items()}
+            record = dict(settings=settings, photos=len(pixels), steps=steps, rows=rows)
+            write_atomically(args.out / "distill.json", json.dumps(record, indent=1).encode())
+    if device.type == "cuda":
+        print(f"{torch.cuda.max_memory_reserved() / 2**30:.1f} GiB of the GPU's memory")
+    images_seen = steps * args.batch_size
+    print(f"{steps} steps, {images_seen / len(pixels):.1f} epochs, {images_seen / (now - start):,.0f} images/s each")
 
 
 if __name__ == "__main__":

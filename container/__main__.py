@@ -232,7 +232,7 @@ def _verify(args: argparse.Namespace) -> None:
 
 def _fetch(args: argparse.Namespace) -> None:
     record = weights.record(args.name)
-    if weights.find(args.name) is None and not record["file"]["packaged"]:
+    if weights.find(args.name) is None and not record["file"]["sha256"]:
         print(f"{args.name}: weights of {record['trained_by']}, {weights.manifest()[args.name]['file']['url']}")
         print(f"Licence: {record['license']['stated']}\n{record['limits']}")
         print(

@@ -156,7 +156,9 @@ def check(name: str, path: str | Path) -> str:
 
 
 def find(name: str, folder: str | Path | None = None) -> Path | None:
-    """The file of a record if it is here, in the package or in the folder; unread, so unverified.
+    """The file of a record if it is here: in the package, in the folder, or in a checkout's `weights`.
+
+    It is unread, so unverified.
 
     Args:
         name: `architecture.tag`.
@@ -165,9 +167,10 @@ def find(name: str, folder: str | Path | None = None) -> Path | None:
     Raises:
         KeyError: There is no such record.
     """
-    inside = record(name)["file"]["packaged"]
-    path = Path(_PACKAGE / "pretrained" if inside else folder or weights_dir(), f"{name}.safetensors")
-    return path if path.is_file() else None
+    file = record(name)["file"]
+    folders = [_PACKAGE / "pretrained"] if file["packaged"] else [folder or weights_dir()]
+    folders += [_PACKAGE.parent / "weights"] if file.get("checkout") else []
+    return next((path for path in (Path(f, f"{name}.safetensors") for f in folders) if path.is_file()), None)
 
 
 def obtain(name: str, folder: str | Path | None = None) -> Path:
@@ -195,6 +198,11 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
                 f"cannot download the weights {name} from {file['hf_hub_id'] or file['url']}: {reason}. Without a "
                 f"network, put that file ({file['bytes']} bytes, sha256 {file['sha256']}) at {place}"
             ) from error
+    if path is None and file.get("checkout"):
+        raise RuntimeError(
+            f"the weights {name} are in no wheel: put weights/{place.name} of the repository ({file['bytes']} bytes, "
+            f"sha256 {file['sha256']}) at {place}"
+        )
     if path is None:
         how = "fetch" if name in manifest() else "import FILE --as"
         raise RuntimeError(f"the weights {name} are not at {place}: `container weights {how} {name}` puts them there")

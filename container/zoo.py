@@ -198,9 +198,9 @@ def fetch(name: str) -> Path:
         RuntimeError: What comes is not a checkpoint.
         ValueError: It does not fit the model, or another file was pinned before.
     """
-    if weights.record(name)["file"]["sha256"] and (weights.find(name) or name not in weights.manifest()):
+    file = weights.manifest().get(name, weights.record(name))["file"]
+    if file["sha256"] or (weights.record(name)["file"]["sha256"] and weights.find(name)):
         return weights.obtain(name)
-    file = weights.manifest()[name]["file"]
     try:
         from gdown import download
         from gdown.exceptions import DownloadError

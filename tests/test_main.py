@@ -81,7 +81,7 @@ def test_list(monkeypatch, capsys):
     main(["weights", "list"])
     header, released, *photos, ours = capsys.readouterr().out.splitlines()
     assert header.startswith("weights") and released.endswith(" no") and ours.endswith(str(PACKAGED))
-    assert len(photos) == 2 and all(line.endswith(".lite2_dist.safetensors") for line in photos)
+    assert len(photos) == 4 and all(line.endswith(".lite2_dist.safetensors") for line in photos)
     main(["weights", "show", OURS])
     shown, here = capsys.readouterr().out.split("here: ")
     assert json.loads(shown) == weights.manifest()[OURS] and here == f"{PACKAGED}\n"

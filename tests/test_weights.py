@@ -5,6 +5,7 @@ import json
 import os
 import pickle
 import random
+import re
 import shutil
 import signal
 import subprocess
@@ -20,11 +21,12 @@ import torch
 from conftest import ROOT, shared
 from server import LFS, PAGE, Hub, running
 
-from container import weights
+from container import weights, zoo
 from container.container import checkpoint_filter_fn, default_cfgs
 
 RELEASED, OURS = "container_light.ai2_in1k", "container_light_nano_32.cifar10"
-PHOTOS = ["container_light_nano.lite2_dist", "container_nano.lite2_dist"]
+LIGHT = "container_light.lite2_dist"  # in a checkout, not in a wheel
+PHOTOS = ["container_light_nano.lite2_dist", "container_light_tiny.lite2_dist", "container_nano.lite2_dist"]
 PACKAGED = ROOT / "container" / "pretrained" / f"{OURS}.safetensors"
 SCHEMA = json.loads((ROOT / "container" / "weights_manifest.schema.json").read_text())
 MANIFEST = json.loads((ROOT / "weights_manifest.json").read_text())
@@ -56,6 +58,7 @@ def test_manifest_follows_its_schema():
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], sha256=None))),
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], packaged=False))),
         (OURS, dict(file=dict(MANIFEST["weights"][OURS]["file"], format="pth"))),
+        (LIGHT, dict(file=dict(MANIFEST["weights"][OURS]["file"], packaged=False))),
         (OURS, dict(status="imported")),
         (RELEASED, dict(status="available")),
         (RELEASED, dict(status="imported")),
@@ -92,19 +95,20 @@ def test_cfgs_and_manifest_say_the_same():
         assert cfg.label_names == (tuple(record["label_names"]) if record["label_names"] else None)
         assert cfg.license == record["license"]["weights"] or (cfg.license == "unknown" and name == RELEASED)
         assert timm.is_model_pretrained(name) == (record["status"] == "available")
-        packaged = PACKAGED.with_name(f"{name}.safetensors")
-        assert cfg.file == (str(packaged) if record["file"]["packaged"] else None)
+        folder = PACKAGED.parent if record["file"]["packaged"] else ROOT / "weights"
+        assert record["status"] != "available" or os.path.realpath(cfg.file) == str(folder / f"{name}.safetensors")
 
 
 def test_packaged_weights_are_those_of_the_record():
     packaged = [name for name, record in weights.manifest().items() if record["file"]["packaged"]]
-    assert sorted(timm.list_pretrained("container*")) == sorted(packaged) == sorted([OURS, *PHOTOS])
-    for name in packaged:
+    assert sorted(packaged) == sorted([OURS, *PHOTOS])
+    assert sorted(timm.list_pretrained("container*")) == sorted([*packaged, LIGHT])
+    for name in (*packaged, LIGHT):
         file = weights.manifest()[name]["file"]
-        data = PACKAGED.with_name(f"{name}.safetensors").read_bytes()
+        data = weights.find(name).read_bytes()
         assert len(data) == file["bytes"] and hashlib.sha256(data).hexdigest() == file["sha256"]
         state = safetensors.torch.load(data)
-        for called in (name, name.partition(".")[0]):
+        for called in (name, *([] if name == LIGHT else [name.partition(".")[0]])):
             model = timm.create_model(called, pretrained=True)
             assert all(torch.equal(tensor, state[key]) for key, tensor in model.state_dict().items())
 
@@ -267,7 +271,7 @@ def test_from_the_hub(tmp_path):
 EIGHT = """
 import multiprocessing, sys
 import timm, torch
-from container import weights
+from container import weights, zoo
 name, url, packaged = sys.argv[1:]
 torch.set_num_threads(1)
 weights.manifest()[name]["file"].update(packaged=False, url=url)
@@ -495,6 +499,21 @@ def test_other_sources_are_left_to_timm(tmp_path):
     assert given == dict(pretrained_cfg_overlay=overlay)
 
 
+def test_the_file_that_no_wheel_has_lies_in_a_checkout_or_in_the_users_folder(place, monkeypatch, capsys):
+    """Where it is in neither, the line says which file goes where."""
+    assert weights.find(LIGHT) == ROOT / "weights" / f"{LIGHT}.safetensors"
+    content = weights.find(LIGHT).read_bytes()
+    monkeypatch.setattr(weights, "_PACKAGE", place / "container")
+    size, name = f"{len(content)} bytes, sha256 {hashlib.sha256(content).hexdigest()}", f"{LIGHT}.safetensors"
+    message = f"the weights {LIGHT} are in no wheel: put weights/{name} of the repository ({size}) at {place / name}"
+    for ask in (lambda: timm.create_model(LIGHT, pretrained=True), lambda: zoo.fetch(LIGHT)):
+        with pytest.raises(RuntimeError, match=re.escape(message)):
+            ask()
+    (place / name).write_bytes(content)
+    assert timm.create_model(LIGHT, pretrained=True).pretrained_cfg["input_size"] == (3, 128, 128)
+    assert zoo.fetch(LIGHT) == place / name
+
+
 @pytest.mark.slow
 def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     """Built, installed without the repository around it, and used from an empty folder."""
@@ -515,7 +534,7 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
         text=True,
         check=True,
     )
-    there = ["container_light_nano.lite2_dist", OURS, "container_nano.lite2_dist"]
+    there = sorted([LIGHT, OURS, *PHOTOS])
     file, found, photo, likeliest, *_ = result.stdout.splitlines()
     assert photo == str(tmp_path / "site" / "container" / "sample.jpg") and likeliest.endswith(" cat")
     assert file.startswith(str(tmp_path / "site")) and found == f"13 {list(weights.manifest())} {there}"

@@ -251,7 +251,7 @@ def test_export_is_loaded_from_a_hub(tmp_path):
 
 def test_cards_are_of_the_records():
     """`container weights export NAME DIR` writes what docs/cards has."""
-    packaged = [name for name, record in weights.manifest().items() if record["file"]["packaged"]]
+    packaged = [name for name, record in weights.manifest().items() if record["status"] == "available"]
     cards = ROOT / "docs" / "cards"
     assert sorted(path.stem for path in cards.iterdir()) == sorted(packaged)
     assert all((cards / f"{name}.md").read_text(encoding="utf-8") == zoo.card(name) for name in packaged)
