@@ -23,8 +23,7 @@ from .workers import descendants, kill
 ROOT = Path(__file__).resolve().parent.parent
 STEPS = ("distill", "tests", "infer", "train", "latency", "roofline", "cifar")
 NEEDS = dict(distill="needs --photos and --teacher", cifar="needs --data")
-# Epochs that an H100 with 16 slow cores has in the eight minutes, all four at once.
-STUDENTS = ("container_light=24", "container_light_tiny=24", "container_light_nano=40", "container_nano=32")
+STUDENTS = ("container_light=1e-3", "container_light_tiny=1.2e-3", "container_light_nano=2e-3", "container_nano=2e-3")
 PROJECT = "container-timm"
 OURS = ("container_light", "container_light_mlp4", "container")
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "pvt_v2_b2")
@@ -106,13 +105,14 @@ def plan(
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     # Not compiled: on the one H100 at hand a compiler took longer than the minute that is left here.
     cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 64, "--epochs", 1] if rehearse else [])]
-    distill: list[object] = [*STUDENTS, "--photos", *photos, "--teacher-checkpoint", teacher, "--out", out / "distill"]
+    distill: list[object] = ["--photos", *photos, "--teacher-checkpoint", teacher, "--out", out / "distill"]
     if rehearse:
-        distill += ["--teacher", "test_convnext", "--device", "cpu", "--img-size", 32, "--batch-size", 16]
-        distill[:4] = ["container_light_nano=2", "container_nano=2"]
-        distill += ["--view-epochs", 1]
+        distill += ["--teacher", "test_convnext", "--teacher-size", 64, "--device", "cpu", "--img-size", 32]
+        distill = [*STUDENTS[2:], *distill, "--batch-size", 16, "--seconds", 20]
+    else:
+        distill = [*STUDENTS, *distill, "--seconds", "{left}"]
     commands = dict(
-        distill=[command("benchmarks.distill", *distill, "--seconds", "{left}")] if photos and teacher else [],
+        distill=[command("benchmarks.distill", *distill)] if photos and teacher else [],
         tests=[command("pytest", *pytest)],
         infer=[speed("infer", infer, 256, 8)],
         train=[
