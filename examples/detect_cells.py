@@ -84,7 +84,7 @@ def main() -> None:
         model.backbone.body.requires_grad_(False)  # its batch norms still follow the photos
     loader = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
     test_cells = Cells(args.data_dir, "test")
-    train(model, loader, args.epochs, args.lr, args.device)
+    train(model, loader, args.epochs, args.lr, args.device, args.amp)
     result = evaluate(model, batches(test_cells, args.batch_size, shuffle=False), args.device)
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)

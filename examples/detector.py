@@ -18,6 +18,9 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
     parser.add_argument("--batch-size", type=int, default=4)
     parser.add_argument("--channels", type=int, default=64, help="of the pyramid and the head")
     parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument(
+        "--amp", action="store_true", help="train in bfloat16: twice as fast where a CPU computes in it"
+    )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
@@ -33,7 +36,7 @@ def batches(images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
     )
 
 
-def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str) -> None:
+def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str, amp: bool = False) -> None:
     """Trains a detector whose losses are what it returns for images and targets.
 
     Args:
@@ -42,6 +45,7 @@ def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str) -
         epochs: Over the data; in the first one the rate rises.
         lr: The highest rate.
         device: Where.
+        amp: Whether in bfloat16.
     """
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
     steps = epochs * len(loader)
@@ -54,7 +58,8 @@ def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str) -
         for images, targets in loader:
             images = [image.to(device) for image in images]
             targets = [{key: value.to(device) for key, value in target.items()} for target in targets]
-            loss = sum(model(images, targets).values())
+            with torch.autocast(torch.device(device).type, torch.bfloat16, enabled=amp):
+                loss = sum(model(images, targets).values())
             optimizer.zero_grad()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)

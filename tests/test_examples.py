@@ -78,7 +78,7 @@ def nuclei(tmp_path):
 def test_nuclei(nuclei, tmp_path):
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     small = ["--epochs", 1, "--batch-size", 2, "--crop", 48, "--channels", 16]
-    printed = run("segment_nuclei.py", "--data-dir", nuclei, *small, "--pretrained", cwd=tmp_path)
+    printed = run("segment_nuclei.py", "--data-dir", nuclei, *small, "--pretrained", "--amp", cwd=tmp_path)
     result = json.loads((tmp_path / "nuclei" / "result.json").read_text())
     assert f"AP of masks {result['mask']:.1f} %, of boxes {result['box']:.1f} %, on 3 images held out" in printed
     with Image.open(tmp_path / "nuclei" / "nuclei.png") as picture:
