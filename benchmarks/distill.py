@@ -2,11 +2,10 @@
 
 python -m benchmarks.distill container_light=1e-3 container_nano=2e-3 --photos DIR --teacher-checkpoint FILE --out OUT
 
-A student comes with its highest learning rate. All photos lie on the device,
-where crops are drawn; the teacher sees each view once, and all students learn from what it says. On a GPU the whole
-step is one CUDA graph: models this small take longer to launch than to compute. The rate follows the time, as a
-cosine: a run is over when its --seconds are. What `train_imagenet.py --recipe distill` does for one student and a
-repeatable run, this does for a budget.
+A student comes with its highest learning rate. All photos lie on the device, where crops are drawn; the teacher sees
+each view once, and all students learn from what it says. On a GPU the whole step is one CUDA graph: models this small
+take longer to launch than to compute. The rate follows the time, as a cosine: a run is over when its --seconds are.
+What `train_imagenet.py --recipe distill` does for one student and a repeatable run, this does for a budget.
 """
 
 import argparse
@@ -249,13 +248,15 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     random = torch.Generator(device).manual_seed(args.seed)
     args.out.mkdir(parents=True, exist_ok=True)
-    teacher = Teacher(args.teacher, args.teacher_checkpoint, 1000, args.teacher_size, _MEAN, _STD, compute)
-    loss = Divergence(args.temperature)
-    students = []
-    for name, rate in rates.items():
-        file = args.begin_from and args.begin_from / f"{name}.safetensors"
-        students.append(Student(name, rate, file if file and file.is_file() else None, loss, compute))
-    photos, _ = open_photos(args.photos, args.exclude)
+    loss, students = Divergence(args.temperature), []
+    try:
+        photos, _ = open_photos(args.photos, args.exclude)
+        teacher = Teacher(args.teacher, args.teacher_checkpoint, 1000, args.teacher_size, _MEAN, _STD, compute)
+        for name, rate in rates.items():
+            file = args.begin_from and args.begin_from / f"{name}.safetensors"
+            students.append(Student(name, rate, file if file and file.is_file() else None, loss, compute))
+    except (OSError, RuntimeError, ValueError) as error:
+        raise SystemExit(f"benchmarks: {str(error).splitlines()[0]}") from None
     pixels, sizes = load(photos, _LONG, device, args.workers)
     if len(pixels) < args.batch_size:
         raise SystemExit(f"benchmarks: {len(pixels)} photos are no batch of {args.batch_size}")

@@ -626,11 +626,12 @@ def test_students_learn_side_by_side(images, tmp_path):
         ("container_nano", "container_nano is no MODEL=RATE"),
         ("container_nano=fast", "container_nano=fast is no MODEL=RATE"),
         ("nano=1e-3", "timm knows no model 'nano'"),
+        ("container_nano=1e-3", "no folder {}/gone"),
     ],
 )
-def test_a_wrong_student_is_named(tmp_path, student, message):
-    words = [student, "--photos", tmp_path, "--teacher-checkpoint", "none.pth", "--out", tmp_path]
-    assert refused(distill, *words) == f"benchmarks: {message}"
+def test_a_wrong_student_or_folder_is_named(tmp_path, student, message):
+    words = [student, "--photos", tmp_path / "gone", "--teacher-checkpoint", "none.pth", "--out", tmp_path]
+    assert refused(distill, *words) == f"benchmarks: {message.format(tmp_path)}"
 
 
 def test_a_second_call_goes_on(tmp_path):

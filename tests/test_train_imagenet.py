@@ -818,7 +818,8 @@ def test_cifar10(tmp_path):
         (
             None,
             ["--recipe", "none"],
-            "no recipe none; there are 100, cifar10, digits, distill, fast, finetune, linear, modern, paper, smoke",
+            "no recipe none; there are 100, cifar10, digits, distill, fast, finetune, linear, modern, paper, smoke, "
+            "transfer",
         ),
         (None, ["--recipe", "digits", "--best", "ema"], "--best ema needs --ema-decay"),
     ],
