@@ -9,6 +9,7 @@ container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT]
 container weights export NAME FOLDER
 container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
+container export NAME[.tag] OUT --format FORMAT        a file for ONNX Runtime, OpenVINO, torch.export or TorchScript
 container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
@@ -23,7 +24,9 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from . import figures, predict, probe, weights, zoo
+import torch
+
+from . import deploy, figures, predict, probe, weights, zoo
 from .container import Container
 from .files import write_atomically
 from .images import open_photo
@@ -104,6 +107,16 @@ def _parser() -> argparse.ArgumentParser:
     )
     pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
     pictures.set_defaults(command=_figures)
+    deployed = commands.add_parser("export", help="a file for another runtime, which gives the model's answers")
+    deployed.add_argument("model", metavar="NAME[.tag]", help="any of timm's, with weights")
+    deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pt2 or .pt")
+    deployed.add_argument("--format", choices=deploy.FORMATS, required=True)
+    deployed.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    deployed.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")
+    deployed.add_argument("--batch", metavar="N|dynamic", default="dynamic", help="images in a batch; default dynamic")
+    deployed.add_argument("--dynamic-size", action="store_true", help="images of any height and width")
+    deployed.add_argument("--features-only", action="store_true", help="the four maps in place of logits")
+    deployed.set_defaults(command=_deploy)
     frozen = commands.add_parser("probe", help="k-NN and linear classification by frozen features, of any timm model")
     frozen.add_argument("data_dir", metavar="DIR", help="with train/CLASS/* and val/CLASS/*, or train.tar and val.tar")
     frozen.add_argument(
@@ -176,6 +189,22 @@ def _figures(args: argparse.Namespace) -> None:
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
+
+
+def _deploy(args: argparse.Namespace) -> None:
+    if args.batch != "dynamic" and not (args.batch.isdigit() and int(args.batch)):
+        raise ValueError(f"--batch {args.batch} is neither a number of images nor dynamic")
+    batch = None if args.batch == "dynamic" else int(args.batch)
+    model = weights.create(
+        args.model, args.checkpoint, args.img_size, pretrained=True, features_only=args.features_only
+    )
+    found = deploy.export(model, args.out, args.format, batch, args.dynamic_size)
+    one = f"{found.milliseconds:.1f} ms for one image, " if found.milliseconds else ""
+    print(
+        f"{', '.join(map(str, found.files))}: {found.bytes / 1e6:.1f} MB, loaded in {found.load_seconds:.2f} s\n"
+        f"largest difference from {args.model}: {found.difference:.1e} of the largest number\n"
+        f"{one}{found.images_per_second:.1f} images/s in batches of {found.batch}, by {torch.get_num_threads()} threads"
+    )
 
 
 def _probe(args: argparse.Namespace) -> None:

@@ -307,7 +307,12 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
 
 
 def create(
-    model: str, checkpoint: str | Path = "", img_size: int | None = None, pretrained: bool = False, seed: int = 0
+    model: str,
+    checkpoint: str | Path = "",
+    img_size: int | None = None,
+    pretrained: bool = False,
+    seed: int = 0,
+    features_only: bool = False,
 ) -> Any:
     """A model of timm's in evaluation mode, with the weights that a command names.
 
@@ -318,6 +323,7 @@ def create(
         img_size: Side of its images, which `input_size` of its `pretrained_cfg` then is; the weights' own if None.
         pretrained: Whether `NAME` alone is for timm's choice among its published weights; else it is for random ones.
         seed: Of random weights.
+        features_only: Whether it gives maps in place of logits.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
@@ -336,7 +342,7 @@ def create(
     if pretrained and not (checkpoint or elsewhere):
         _check_has_weights(model)
     overlay: dict[str, Any] = {} if img_size is None else dict(input_size=(3, img_size, img_size))
-    options: dict[str, Any] = {}
+    options: dict[str, Any] = dict(features_only=True) if features_only else {}
     if checkpoint:
         state_dict = read(checkpoint)
         if name in timm.list_models(module="container"):

@@ -1,0 +1,268 @@
+"""Models as files for other runtimes: made from the fused model, and kept only if they give its answers.
+
+With a file goes what whoever runs it has to know: how photos are prepared, and the names of the classes. It is JSON,
+under `container`, in the metadata of the file.
+"""
+
+import contextlib
+import json
+import logging
+import shutil
+import statistics
+import tempfile
+import time
+import warnings
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import numpy as np
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from .fuse import fuse
+from .predict import class_names
+
+__all__ = ["FORMATS", "Exported", "export", "preprocessing"]
+
+FORMATS = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", torchscript=".pt")
+KEY = "container"  # of the metadata
+BOUND = 1e-3  # largest difference of an answer, as a share of the largest number in it
+_NEEDS = 'pip install "container-timm[deploy]"'
+
+Run = Callable[[Tensor], list[Tensor]]
+
+
+class Exported(NamedTuple):
+    """What was written, and what it does here.
+
+    Attributes:
+        files: The file, and what belongs to it.
+        difference: Largest difference from the model's answers, as a share of the largest number in them.
+        bytes: Size of the files.
+        load_seconds: How long its runtime takes until it can answer.
+        milliseconds: A batch of one, or None if it does not take one.
+        images_per_second: In batches of `batch`.
+        batch: Images in a batch.
+    """
+
+    files: list[Path]
+    difference: float
+    bytes: int
+    load_seconds: float
+    milliseconds: float | None
+    images_per_second: float
+    batch: int
+
+
+def preprocessing(model: nn.Module) -> dict[str, Any]:
+    """How a model wants its photos, and the names of its classes: what its file says under `container`.
+
+    Args:
+        model: Of timm's.
+    """
+    network: Any = model
+    config = resolve_model_data_config(model)
+    wanted = ("input_size", "interpolation", "mean", "std", "crop_pct", "crop_mode")
+    names = class_names(model) if getattr(network, "num_classes", 0) else None
+    return dict({key: config[key] for key in wanted}, channels="RGB", range=[0, 1], classes=names)
+
+
+class _Outputs(nn.Module):
+    """The answers of a model as a tuple, whether they are logits or maps."""
+
+    def __init__(self, model: nn.Module) -> None:
+        super().__init__()
+        self.model = model
+
+    def forward(self, images: Tensor) -> tuple[Tensor, ...]:
+        answer = self.model(images)
+        return (answer,) if isinstance(answer, Tensor) else tuple(answer)
+
+
+def export(
+    model: nn.Module, out: str | Path, format: str, batch: int | None = None, dynamic_size: bool = False
+) -> Exported:
+    """Writes a model for another runtime, and compares its answers with those of the model before fusing.
+
+    Inputs are `images`, float32 of shape (batch, channels, height, width), prepared as `preprocessing` says. Outputs
+    are `logits`, or `stage1` to `stage4` of a model made with `features_only=True`.
+
+    Args:
+        model: Of timm's, in evaluation mode, in float32.
+        out: The file; its suffix has to be that of the format.
+        format: One of `FORMATS`.
+        batch: Images in a batch, or None for any number.
+        dynamic_size: Whether images may have any height and width, too.
+
+    Raises:
+        ImportError: The format's package is not installed.
+        OSError: The file cannot be written.
+        ValueError: The model is tied to its size, the suffix is another's, or the answers differ by more than `BOUND`.
+            Nothing is left then.
+    """
+    out, network = Path(out), model
+    if model.training:
+        raise ValueError("a model in training mode cannot be exported: call eval() first")
+    if out.suffix != FORMATS[format]:
+        raise ValueError(f"{out} should end in {FORMATS[format]}, as files of {format} do")
+    told = preprocessing(model)
+    channels, *side = told["input_size"]
+    cfg: Any = getattr(network, "pretrained_cfg", {})
+    if dynamic_size and cfg.get("fixed_input_size"):
+        raise ValueError(f"{cfg.get('architecture')} is tied to images of {side[0]} x {side[1]} pixels")
+    count = batch or 2  # torch.export takes 1 for a constant
+    example = torch.randn(count, channels, *side)
+    wrapped = _Outputs(fuse(model)).eval()
+    try:
+        with torch.no_grad():
+            answers = wrapped(example)
+    except (AssertionError, RuntimeError) as error:
+        raise ValueError(f"{type(model).__name__} fails at {side[0]} x {side[1]} pixels: {error}") from error
+    names = ["logits"] if len(answers) == 1 else [f"stage{i + 1}" for i in range(len(answers))]
+    dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        least = _reduction(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
+        dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad(), _quiet():
+        scratch = Path(folder, out.name)
+        try:
+            _WRITERS[format](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), scratch)
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of torch's exporters and OpenVINO's converter
+            reason = str(error.__cause__ or error).strip().splitlines()[0]
+            raise ValueError(f"{format} has no file for this model: {reason}") from error
+        start = time.perf_counter()
+        run = _RUNNERS[format](scratch)
+        loaded = time.perf_counter() - start
+        shapes = [(count, *side)] + ([] if batch else [(1, *side), (3, *side)])
+        shapes += [(count, side[0] + 32, side[1] + 64), (count, side[0] - 7, side[1] + 9)] if dynamic_size else []
+        difference = max(_difference(model, run, torch.randn(n, channels, h, w)) for n, h, w in shapes)
+        if not difference <= BOUND:
+            raise ValueError(f"{format} gives other answers: {difference:.1e} of the largest number, {BOUND:g} allowed")
+        measured = batch or 8
+        one = 1e3 * _seconds(run, torch.randn(1, channels, *side)) if batch in (None, 1) else None
+        many = measured / _seconds(run, torch.randn(measured, channels, *side))
+        del run
+        files = [Path(shutil.move(path, out.parent / path.name)) for path in sorted(Path(folder).iterdir())]
+    return Exported(files, difference, sum(f.stat().st_size for f in files), loaded, one, many, measured)
+
+
+def _reduction(model: nn.Module) -> int:
+    """The stride of a model's last maps, 32 if it does not say."""
+    info: Any = getattr(model, "feature_info", None)
+    if not info:
+        return 32
+    return info.reduction()[-1] if hasattr(info, "reduction") else info[-1]["reduction"]
+
+
+def _difference(model: nn.Module, run: Run, images: Tensor) -> float:
+    found, wanted = run(images), _Outputs(model)(images)
+    pairs = list(zip(found, wanted, strict=True))
+    return max(((a - b).abs().max() / b.abs().max()).item() if a.shape == b.shape else float("inf") for a, b in pairs)
+
+
+def _seconds(run: Run, images: Tensor, least: int = 5, budget: float = 2.0) -> float:
+    """The median over calls: at least so many, for so many seconds."""
+    run(images)
+    times: list[float] = []
+    while len(times) < least or sum(times) < budget:
+        start = time.perf_counter()
+        run(images)
+        times.append(time.perf_counter() - start)
+    return statistics.median(times)
+
+
+@contextlib.contextmanager
+def _quiet() -> Iterator[None]:
+    """Without what exporters say of themselves."""
+    before = logging.root.manager.disable
+    logging.disable(logging.WARNING)
+    try:
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
+            yield
+    finally:
+        logging.disable(before)
+
+
+# ----------------------------------------------------------------------------------------------- writing, by the format
+
+
+def _write_onnx(
+    model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
+) -> None:
+    try:
+        import onnxscript  # noqa: F401  (torch's exporter needs it)
+    except ImportError:
+        raise ImportError(f"--format onnx needs onnxscript and onnxruntime: {_NEEDS}") from None
+    program = torch.onnx.export(
+        model, (example,), input_names=["images"], output_names=names, dynamic_shapes=dims, dynamo=True, verbose=False
+    )
+    assert program is not None
+    program.model.metadata_props[KEY] = told
+    program.save(str(path))
+
+
+def _write_openvino(
+    model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
+) -> None:
+    try:
+        import openvino
+    except ImportError:
+        raise ImportError(f"--format openvino needs openvino: {_NEEDS}") from None
+    exported = torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
+    converted = openvino.convert_model(exported)
+    for port, name in zip((*converted.inputs, *converted.outputs), ("images", *names), strict=True):
+        port.get_tensor().set_names({name})
+    converted.set_rt_info(told, [KEY])
+    openvino.save_model(converted, path, compress_to_fp16=False)
+
+
+def _write_pt2(
+    model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
+) -> None:
+    exported = torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
+    torch.export.save(exported, path, extra_files={KEY: told})
+
+
+def _write_torchscript(
+    model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
+) -> None:
+    torch.jit.trace(model, (example,)).save(str(path), _extra_files={KEY: told})
+
+
+# ----------------------------------------------------------------------------------------------- running, by the format
+
+
+def _run_onnx(path: Path) -> Run:
+    import onnxruntime
+
+    session = onnxruntime.InferenceSession(str(path), providers=["CPUExecutionProvider"])
+    return lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
+
+
+def _run_openvino(path: Path) -> Run:
+    import openvino
+
+    compiled = openvino.compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+    return lambda images: [torch.from_numpy(np.array(array)) for array in compiled(images.numpy()).to_tuple()]
+
+
+def _run_pt2(path: Path) -> Run:
+    module = torch.export.load(path).module()
+    return lambda images: list(module(images))
+
+
+def _run_torchscript(path: Path) -> Run:
+    module = torch.jit.load(str(path))
+    return lambda images: list(module(images))
+
+
+_WRITERS: dict[str, Callable[..., None]] = dict(
+    onnx=_write_onnx, openvino=_write_openvino, pt2=_write_pt2, torchscript=_write_torchscript
+)
+_RUNNERS: dict[str, Callable[[Path], Run]] = dict(
+    onnx=_run_onnx, openvino=_run_openvino, pt2=_run_pt2, torchscript=_run_torchscript
+)

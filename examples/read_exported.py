@@ -1,0 +1,64 @@
+#!/usr/bin/env python
+"""Names what is in a photo by an exported file alone: NumPy, Pillow and ONNX Runtime or OpenVINO, and no PyTorch.
+
+    container export container_light_nano model.onnx --format onnx
+    python examples/read_exported.py model.onnx PHOTO
+
+The file says how photos are prepared, and what its classes are called.
+"""
+
+import argparse
+import json
+from typing import Any
+
+import numpy as np
+from PIL import Image, ImageOps
+
+
+def load(path: str) -> tuple[dict[str, Any], Any]:
+    """What a file says of itself, and a function from an array of images to one of logits."""
+    if path.endswith(".onnx"):
+        import onnxruntime
+
+        session = onnxruntime.InferenceSession(path, providers=["CPUExecutionProvider"])
+        told = session.get_modelmeta().custom_metadata_map["container"]
+        return json.loads(told), lambda images: session.run(None, {"images": images})[0]
+    import openvino
+
+    core = openvino.Core()
+    model = core.read_model(path)
+    compiled = core.compile_model(model, "CPU")
+    return json.loads(model.get_rt_info(["container"]).value), lambda images: compiled(images)[0]
+
+
+def prepare(photo: str, told: dict[str, Any]) -> np.ndarray:
+    """The middle of a photo, (1, 3, height, width), as the model was trained to see it."""
+    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
+    _, height, width = told["input_size"]
+    short = int(height / told["crop_pct"])
+    size = [short if side == min(image.size) else int(short * side / min(image.size)) for side in image.size]
+    image = image.resize(size, Image.Resampling[told["interpolation"].upper()])
+    left, top = round((size[0] - width) / 2), round((size[1] - height) / 2)
+    pixels = np.asarray(image.crop((left, top, left + width, top + height)), dtype=np.float32) / 255
+    pixels = (pixels - np.float32(told["mean"])) / np.float32(told["std"])
+    return np.ascontiguousarray(pixels.transpose(2, 0, 1)[None], dtype=np.float32)
+
+
+def main() -> None:
+    """Prints the five likeliest classes."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("file", metavar="FILE", help="an .onnx or .xml of `container export`")
+    parser.add_argument("photo", metavar="PHOTO")
+    args = parser.parse_args()
+    told, run = load(args.file)
+    if told["crop_mode"] != "center" or not told["classes"]:
+        raise SystemExit(f"{args.file} has no classes, or wants another crop than the middle")
+    logits = run(prepare(args.photo, told))[0].astype(np.float64)
+    shares = np.exp(logits - logits.max())
+    shares /= shares.sum()
+    for i in np.argsort(-shares)[:5]:
+        print(f"{100 * shares[i]:7.1f} %  {told['classes'][i]}")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,180 @@
+"""`container export`: files for other runtimes, with the model's answers."""
+
+import json
+import re
+import subprocess
+import sys
+
+import numpy as np
+import onnxruntime
+import openvino
+import pytest
+import timm
+import torch
+from conftest import ROOT
+from test_weights import OURS
+from torch import nn
+
+from container import deploy, weights
+from container.__main__ import main
+from container.predict import SAMPLE, class_names, predict
+
+# torch says of TorchScript that it is deprecated; deployments that have it are why the format is there.
+pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
+
+
+def images(*shape):
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
+
+
+def answers(path, x):
+    """Of a file, by its runtime alone."""
+    if path.suffix == ".onnx":
+        session = onnxruntime.InferenceSession(path)
+        return [torch.from_numpy(y) for y in session.run(None, {"images": x.numpy()})]
+    if path.suffix == ".xml":
+        compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
+        return [torch.from_numpy(np.array(compiled({"images": x.numpy()})[i])) for i in range(len(compiled.outputs))]
+    run = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path)
+    return run(x)
+
+
+def told(path):
+    """What a file says under `container`, by its runtime alone."""
+    if path.suffix == ".onnx":
+        return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["container"])
+    if path.suffix == ".xml":
+        return json.loads(openvino.Core().read_model(path).get_rt_info(["container"]).value)
+    extra = {"container": ""}
+    torch.export.load(path, extra_files=extra) if path.suffix == ".pt2" else torch.jit.load(path, _extra_files=extra)
+    return json.loads(extra["container"])
+
+
+@pytest.fixture(scope="module")
+def model():
+    return timm.create_model(OURS, pretrained=True).eval()
+
+
+@pytest.mark.parametrize("format", deploy.FORMATS)
+@torch.no_grad()
+def test_a_file_gives_the_answers_and_says_how_photos_are_prepared(model, format, tmp_path):
+    """At batches and sizes that it was not made with, by the runtime alone."""
+    path = tmp_path / f"model{deploy.FORMATS[format]}"
+    found = deploy.export(model, path, format, dynamic_size=True)
+    assert found.files[-1] == path and sorted(tmp_path.iterdir()) == found.files
+    assert found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) and 0 < found.difference < 1e-5
+    for shape in ((1, 3, 32, 32), (5, 3, 41, 64)):
+        (y,) = answers(path, images(*shape))
+        torch.testing.assert_close(y, model(images(*shape)), rtol=1e-4, atol=1e-4)
+    said = told(path)
+    config = timm.data.resolve_model_data_config(model)
+    for key in ("input_size", "mean", "std", "interpolation", "crop_pct", "crop_mode"):
+        assert said[key] == (list(config[key]) if isinstance(config[key], tuple) else config[key])
+    assert said["classes"] == class_names(model) and said["channels"] == "RGB" and said["range"] == [0, 1]
+
+
+@torch.no_grad()
+def test_maps_in_place_of_logits(tmp_path):
+    backbone = timm.create_model("container_light_nano", features_only=True, num_classes=0).eval()
+    deploy.export(backbone, tmp_path / "maps.onnx", "onnx", batch=1)
+    session = onnxruntime.InferenceSession(tmp_path / "maps.onnx")
+    assert [output.name for output in session.get_outputs()] == ["stage1", "stage2", "stage3", "stage4"]
+    x = images(1, 3, 128, 128)
+    for found, wanted in zip(answers(tmp_path / "maps.onnx", x), backbone(x), strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-3, atol=1e-4)
+    assert told(tmp_path / "maps.onnx")["classes"] is None
+    with pytest.raises(Exception, match=r"(?i)invalid dimensions|expected: 1"):
+        answers(tmp_path / "maps.onnx", images(2, 3, 128, 128))
+
+
+@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+@pytest.mark.parametrize("name", ["container_nano", pytest.param("container_mixer", marks=pytest.mark.slow)])
+def test_other_members(name, format, tmp_path):
+    found = deploy.export(weights.create(name, img_size=64), tmp_path / f"m{deploy.FORMATS[format]}", format)
+    assert found.difference < 1e-5
+
+
+class Fickle(nn.Module):
+    """Answers something else when it is traced."""
+
+    def __init__(self):
+        super().__init__()
+        self.pretrained_cfg = dict(timm.get_pretrained_cfg(OURS).to_dict(), input_size=(3, 8, 8))
+        self.num_classes = 10
+        self.scale = nn.Parameter(torch.ones(10))
+
+    def forward(self, x):
+        return x.mean((1, 2, 3))[:, None] * self.scale * (1.01 if torch.jit.is_tracing() else 1.0)
+
+
+def test_a_file_with_other_answers_is_refused_and_not_left(tmp_path):
+    with pytest.raises(
+        ValueError, match=r"torchscript gives other answers: 1\.0e-02 of the largest number, 0.001 allowed"
+    ):
+        deploy.export(Fickle().eval(), tmp_path / "m.pt", "torchscript")
+    assert not list(tmp_path.iterdir())
+
+
+def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, capsys):
+    """The classes and probabilities of `predict`, from the file alone."""
+    monkeypatch.chdir(tmp_path)
+    ((expected),) = predict([SAMPLE], model)
+    for format in ("onnx", "openvino"):
+        file = f"model{deploy.FORMATS[format]}"
+        main(["export", OURS, file, "--format", format, "--batch", "1"])
+        printed = capsys.readouterr().out
+        assert (
+            f"{file}: " in printed and f"largest difference from {OURS}: " in printed and "ms for one image" in printed
+        )
+        code = (
+            "import runpy, sys; sys.argv[0] = sys.argv.pop(1); runpy.run_path(sys.argv[0], run_name='__main__'); "
+            "assert not {'torch', 'timm', 'container'} & set(sys.modules)"
+        )
+        read = subprocess.run(
+            [sys.executable, "-c", code, ROOT / "examples" / "read_exported.py", file, SAMPLE],
+            capture_output=True, text=True, cwd=tmp_path,
+        )  # fmt: skip
+        assert read.returncode == 0, read.stderr
+        found = [(name, float(p)) for p, name in re.findall(r"^ *([\d.]+) %  (.+)$", read.stdout, re.MULTILINE)]
+        # OpenVINO computes in bfloat16 where the CPU does, and may swap classes that are as likely.
+        assert dict(found) == pytest.approx({name: 100 * p for name, p in expected}, abs=0.5)
+        assert found[0][0] == expected[0][0] and (
+            format == "openvino" or [n for n, _ in found] == [n for n, _ in expected]
+        )
+
+
+@pytest.mark.parametrize(
+    "words, message",
+    [
+        ([OURS, "m.pt", "--format", "onnx"], "m.pt should end in .onnx, as files of onnx do"),
+        ([OURS, "m.onnx", "--format", "onnx", "--batch", "0"], "--batch 0 is neither a number of images nor dynamic"),
+        (
+            [OURS, "m.onnx", "--format", "onnx", "--batch", "few"],
+            "--batch few is neither a number of images nor dynamic",
+        ),
+        (["container_mixer", "m.pt", "--format", "torchscript"], "container_mixer has no weights: there are "),
+    ],
+)
+def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(SystemExit) as stop:
+        main(["export", *words])
+    assert str(stop.value).startswith(f"container: {message}") and "\n" not in str(stop.value)
+    assert not list(tmp_path.iterdir())
+
+
+def test_a_model_that_is_tied_to_its_size_or_training_is_refused(tmp_path):
+    mixer = weights.create("container_mixer", img_size=64)
+    with pytest.raises(ValueError, match="container_mixer is tied to images of 64 x 64 pixels"):
+        deploy.export(mixer, tmp_path / "m.pt", "torchscript", None, True)
+    mixer.pretrained_cfg["input_size"] = (3, 96, 96)
+    with pytest.raises(ValueError, match="Container fails at 96 x 96 pixels: "):
+        deploy.export(mixer, tmp_path / "m.pt", "torchscript")
+    with pytest.raises(ValueError, match="training mode"):
+        deploy.export(timm.create_model("container_light_nano"), tmp_path / "m.pt", "torchscript")
+
+
+def test_without_the_runtime_the_line_says_what_to_install(model, tmp_path, monkeypatch):
+    monkeypatch.setitem(sys.modules, "openvino", None)
+    with pytest.raises(ImportError, match=r"--format openvino needs openvino: pip install .container-timm\[deploy\]."):
+        deploy.export(model, tmp_path / "m.xml", "openvino")
