@@ -126,11 +126,12 @@ def test_mixers_have_one_head_or_many_and_low_rank_where_tokens_are_many():
 @every
 def test_default_cfg(name):
     cfg = timm.get_pretrained_cfg(name)
-    crops = {"container_light_nano_32": 1.0, "container_light_nano": 0.95, "container_nano": 0.95}  # of trained weights
+    photos = name in ("container_light_nano", "container_light_tiny", "container_nano")  # of our weights
+    crops = {"container_light_nano_32": 1.0, **({name: 0.95} if photos else {})}
     assert (cfg.crop_pct, cfg.interpolation) == (crops.get(name, 0.875), "bicubic")
+    assert cfg.input_size[1] == (128 if photos else 32 if name == "container_light_nano_32" else 224)
     assert cfg.mean == timm.data.IMAGENET_DEFAULT_MEAN and cfg.std == timm.data.IMAGENET_DEFAULT_STD
-    licenses = {"container_light": "unknown", "container_light_nano": "other", "container_nano": "other"}
-    assert cfg.license == licenses.get(name, "apache-2.0")
+    assert cfg.license == {"container_light": "unknown"}.get(name, "other" if photos else "apache-2.0")
 
 
 # Image sizes

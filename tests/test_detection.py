@@ -272,8 +272,8 @@ def test_other_mistakes(monkeypatch):
         retinanet("container_light_nano", 3, frozen=1)
     with pytest.raises(RuntimeError, match="Unknown model"):
         feature_pyramid("container_light_nono")
-    with pytest.raises(RuntimeError, match="No pretrained weights exist for container_light_tiny"):
-        feature_pyramid("container_light_tiny", pretrained=True)
+    with pytest.raises(RuntimeError, match="No pretrained weights exist for container_light_base"):
+        feature_pyramid("container_light_base", pretrained=True)
     monkeypatch.setattr(timm, "create_model", lambda *args, **kwargs: pytest.fail("of its own"))
     with pytest.raises(pytest.fail.Exception, match="of its own"):  # not about levels
         feature_pyramid("container_light_nano")
