@@ -205,7 +205,11 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
         )
     if path is None:
         how = "fetch" if name in manifest() else "import FILE --as"
-        raise RuntimeError(f"the weights {name} are not at {place}: `container weights {how} {name}` puts them there")
+        kin = [other for other in manifest() if other.split(".")[0] == name.split(".")[0] and find(other, folder)]
+        raise RuntimeError(
+            f"the weights {name} are not at {place}: `container weights {how} {name}` puts them there"
+            + (f"; {' and '.join(kin)} would load" if kin else "")
+        )
     check(name, path)
     return path
 
