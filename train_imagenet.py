@@ -51,6 +51,7 @@ from container.training import (
     open_validation,
     parse_with_recipe,
     seed_everything,
+    speed_up_depthwise,
     tell_unreadable,
 )
 
@@ -318,6 +319,8 @@ def build_model(
         for parameter in model.get_classifier().parameters():
             parameter.requires_grad = True
     model = model.to(device)
+    if device.type == "cpu":
+        speed_up_depthwise(model)
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 

@@ -11,6 +11,7 @@ ROOMS = ["files", "images", "affinity", "aggregation", "container", "weights", "
 ROOMS += ["detection", "yolo", "figures", "zoo", "predict", "deploy"]
 TRAINING = [
     "seeding",
+    "depthwise",
     "distributed",
     "recipe",
     "curves",

@@ -3,6 +3,7 @@
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, Photos, check_classes, create_datasets, open_photos, open_validation
+from .depthwise import speed_up_depthwise
 from .distill import Distillation, Divergence, Teacher, Views
 from .distributed import Agreement, StopSignal, join_group
 from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
@@ -47,6 +48,7 @@ __all__ = [
     "parse_with_recipe",
     "plot_curves",
     "seed_everything",
+    "speed_up_depthwise",
     "tell_unreadable",
     "train_one_epoch",
 ]
