@@ -228,8 +228,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
     if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
         parser.error(f"--layer-decay {args.layer_decay} is not in (0, 1]")
-    if args.start_size is not None and args.start_size < 32:
-        parser.error(f"--start-size {args.start_size} is less than 32 pixels, one token of the last stage")
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd, but mixup and cutmix mix images in pairs")
     if args.best == "ema" and not args.ema_decay:

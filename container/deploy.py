@@ -22,6 +22,7 @@ from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
 from .fuse import fuse
+from .images import pixels_per_token
 from .predict import class_names
 
 __all__ = ["FORMATS", "Exported", "export", "preprocessing"]
@@ -123,7 +124,7 @@ def export(
     names = ["logits"] if len(answers) == 1 else [f"stage{i + 1}" for i in range(len(answers))]
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
     if dynamic_size:
-        least = _reduction(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
+        least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
         dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad(), _quiet():
@@ -147,14 +148,6 @@ def export(
         del run
         files = [Path(shutil.move(path, out.parent / path.name)) for path in sorted(Path(folder).iterdir())]
     return Exported(files, difference, sum(f.stat().st_size for f in files), loaded, one, many, measured)
-
-
-def _reduction(model: nn.Module) -> int:
-    """The stride of a model's last maps, 32 if it does not say."""
-    info: Any = getattr(model, "feature_info", None)
-    if not info:
-        return 32
-    return info.reduction()[-1] if hasattr(info, "reduction") else info[-1]["reduction"]
 
 
 def _difference(model: nn.Module, run: Run, images: Tensor) -> float:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 from PIL import Image, ImageOps
 
-__all__ = ["check_shape", "open_photo", "open_rgb", "to_rgb"]
+__all__ = ["check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
 
 _LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
 
@@ -64,3 +64,11 @@ def open_photo(path: str | Path) -> Image.Image:
         except Exception as error:  # whatever a damaged or foreign file makes its decoder raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path} is no photo that can be read: {reason}") from error
+
+
+def pixels_per_token(model: Any) -> int:
+    """Side in pixels of a token in a timm model's last maps; 32 if the model does not say."""
+    info = getattr(model, "feature_info", None)
+    if not info:
+        return 32
+    return info.reduction()[-1] if hasattr(info, "reduction") else info[-1]["reduction"]

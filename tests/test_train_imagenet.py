@@ -898,9 +898,10 @@ def test_a_checkpoint_of_which_little_fits_is_refused(folder, tmp_path, name):
 def test_images_grow_to_the_model_s_size(folder):
     assert growing(64, 80, 4) == [64, 64, 64, 80] and growing(32, 48, 3) == [32, 32, 48]
     assert growing(160, 224, 5) == [160, 192, 192, 192, 224] and growing(160, 224, 1) == growing(224, 224, 1) == [224]
-    assert growing(10, 32, 3) == [10, 32, 32]
+    assert growing(10, 32, 3, step=8) == [10, 24, 32] and growing(24, 32, 5, step=8) == [24, 24, 32, 32, 32]
     for model, start, message in (
         ("container_light_nano", "64", "--start-size 64 is larger than the model's images, 32: images cannot shrink"),
+        ("container_light_nano_32", "7", "--start-size 7 is less than 8 pixels, one token of the model's last stage"),
         ("container_mixer", "32", "container_mixer is tied to one image size: images cannot grow from --start-size"),
     ):
         with pytest.raises(SystemExit, match=message):

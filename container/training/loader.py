@@ -255,21 +255,24 @@ def end_workers() -> None:
     signal.signal(signal.SIGCHLD, before)
 
 
-def growing(start: int, end: int, epochs: int) -> list[int]:
-    """Side of the images in each epoch: from `start` to `end` in multiples of 32, both exactly.
+def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
+    """Side of the images in each epoch: from `start` to `end` in multiples of `step`, both exactly.
 
     Args:
         start: Of the first epoch.
         end: Of the last one, and of a single one.
         epochs: How many there are.
+        step: Pixels, those of a token in the last stage.
 
     Raises:
-        ValueError: `start` is larger than `end`.
+        ValueError: `start` is larger than `end`, or less than a token.
     """
     if start > end:
         raise ValueError(f"--start-size {start} is larger than the model's images, {end}: images cannot shrink")
+    if start < min(step, end):
+        raise ValueError(f"--start-size {start} is less than {step} pixels, one token of the model's last stage")
     even = [start + (end - start) * epoch / max(epochs - 1, 1) for epoch in range(epochs)]
-    sizes = [min(max(round(size / 32) * 32, start), end) for size in even]
+    sizes = [min(max(round(size / step) * step, start), end) for size in even]
     sizes[0] = start
     sizes[-1] = end
     return sizes

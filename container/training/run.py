@@ -27,6 +27,7 @@ from timm.utils import distribute_bn, get_outdir, unwrap_model
 from tqdm import tqdm
 
 from container.files import write_atomically
+from container.images import pixels_per_token
 
 from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, Photos, check_classes
@@ -117,7 +118,7 @@ class Run:
         self.compute = Compute(task.device, args.amp, args.channels_last)
         self.config = resolve_model_data_config(model, args=dict(img_size=args.img_size, crop_pct=args.crop_pct))
         self.size = self.config["input_size"][-1]
-        self.sizes = growing(args.start_size or self.size, self.size, args.epochs)
+        self.sizes = growing(args.start_size or self.size, self.size, args.epochs, pixels_per_token(model))
         if args.start_size is not None and model.pretrained_cfg.get("fixed_input_size"):
             raise ValueError(f"{args.model} is tied to one image size: images cannot grow from --start-size")
         self.processes = max(self.world, args.dry_run)  # a plan may be for more than there are
