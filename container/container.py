@@ -626,10 +626,12 @@ def _file(name: str, folder: str = "pretrained") -> str:
     return os.path.join(os.path.dirname(__file__), folder, f"{name}.safetensors")
 
 
+_PHOTOS: Dict[str, Any] = dict(input_size=(3, 128, 128), pool_size=(4, 4), crop_pct=0.95)
+
+
 def _distilled(name: str, folder: str = "pretrained") -> Dict[str, Any]:
     """Weights that have learned what EfficientNet-Lite2 says of photos at 128 pixels."""
-    size = dict(input_size=(3, 128, 128), pool_size=(4, 4), crop_pct=0.95)
-    return _cfg(file=_file(name, folder), license="other", **size)
+    return _cfg(file=_file(name, folder), license="other", **_PHOTOS)
 
 
 default_cfgs = generate_default_cfgs(
@@ -640,6 +642,12 @@ default_cfgs = generate_default_cfgs(
         "container_light.ai2_in1k*": _cfg(origin_url="https://github.com/allenai/container", license="unknown"),
         "container_light_mlp4.untrained": _cfg(),
         "container_light_nano.lite2_dist": _distilled("container_light_nano.lite2_dist"),
+        "container_light_nano.trashnet": _cfg(
+            file=_file("container_light_nano.trashnet"),
+            num_classes=6,
+            label_names=("cardboard", "glass", "metal", "paper", "plastic", "trash"),
+            **_PHOTOS,
+        ),
         "container_light_tiny.lite2_dist": _distilled("container_light_tiny.lite2_dist"),
         "container_light_base.untrained": _cfg(),
         "container_light_nano_32.cifar10": _cfg(

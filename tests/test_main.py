@@ -10,7 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
-from test_weights import OURS, PACKAGED, RELEASED, STATE
+from test_weights import FREE, OURS, PACKAGED, RELEASED, STATE
 
 from container import weights, zoo
 from container.__main__ import main
@@ -79,7 +79,8 @@ def test_list(monkeypatch, capsys):
     main(["list"])
     assert capsys.readouterr().out.splitlines() == ["the table", "of the zoo"]
     main(["weights", "list"])
-    header, released, *photos, ours = capsys.readouterr().out.splitlines()
+    header, released, *photos, free, ours = capsys.readouterr().out.splitlines()
+    assert free.startswith(FREE)
     assert header.startswith("weights") and released.endswith(" no") and ours.endswith(str(PACKAGED))
     assert len(photos) == 4 and all(line.endswith(".lite2_dist.safetensors") for line in photos)
     main(["weights", "show", OURS])
@@ -90,7 +91,8 @@ def test_list(monkeypatch, capsys):
 def test_verify(tmp_path, monkeypatch, capsys):
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path))
     main(["weights", "verify"])
-    released, *photos, ours = capsys.readouterr().out.splitlines()
+    released, *photos, free, ours = capsys.readouterr().out.splitlines()
+    assert free.startswith(f"{FREE}: whole, ")
     assert all(".lite2_dist: whole, sha256 " in line for line in photos)
     assert released == f"{RELEASED}: no file of {RELEASED} in {tmp_path}"
     assert ours == f"{OURS}: whole, sha256 {weights.manifest()[OURS]['file']['sha256']}, {PACKAGED}"

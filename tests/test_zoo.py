@@ -16,7 +16,7 @@ import timm
 import torch
 from conftest import ROOT, randomize
 from server import PAGE, Hub, Share, running
-from test_weights import OURS, PACKAGED, RELEASED, SCHEMA
+from test_weights import FREE, OURS, PACKAGED, RELEASED, SCHEMA
 
 from container import weights, zoo
 
@@ -117,7 +117,7 @@ def test_what_was_imported_is_a_tag_like_any_other(tmp_path, place):
     run = partial(subprocess.run, [sys.executable, "-c", code], env=environment, capture_output=True, text=True)
     result = run()
     first, second = result.stdout.splitlines()
-    named = ["container_light_nano.lite2_dist", "container_light_nano.mine", OURS]
+    named = ["container_light_nano.lite2_dist", "container_light_nano.mine", FREE, OURS]
     assert first == f"{named} 7 {float(mine.norm.weight.data.sum())}"
     assert second == str(float(mine.stem.proj.weight.data.sum()))
     assert "no weights container_conv.broken: " in result.stderr and "delete it" in result.stderr
