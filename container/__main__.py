@@ -115,6 +115,9 @@ def _parser() -> argparse.ArgumentParser:
     deployed.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")
     deployed.add_argument("--batch", metavar="N|dynamic", default="dynamic", help="images in a batch; default dynamic")
     deployed.add_argument("--dynamic-size", action="store_true", help="images of any height and width")
+    deployed.add_argument("--int8", action="store_true", help="onnx and openvino: products in 8 bits, by --calibrate")
+    deployed.add_argument("--calibrate", metavar="DIR", help="photos to choose int8 by; 300 of them are read")
+    deployed.add_argument("--evaluate", metavar="DIR", help="print the accuracy on its val/CLASS/*, or CLASS/*")
     deployed.add_argument("--features-only", action="store_true", help="the four maps in place of logits")
     deployed.set_defaults(command=_deploy)
     frozen = commands.add_parser("probe", help="k-NN and linear classification by frozen features, of any timm model")
@@ -194,15 +197,27 @@ def _figures(args: argparse.Namespace) -> None:
 def _deploy(args: argparse.Namespace) -> None:
     if args.batch != "dynamic" and not (args.batch.isdigit() and int(args.batch)):
         raise ValueError(f"--batch {args.batch} is neither a number of images nor dynamic")
+    if args.int8 != (args.calibrate is not None):
+        raise ValueError("--int8 and --calibrate DIR go together")
+    if args.evaluate and args.features_only:
+        raise ValueError("--features-only gives maps, and --evaluate wants classes")
     batch = None if args.batch == "dynamic" else int(args.batch)
     model = weights.create(
         args.model, args.checkpoint, args.img_size, pretrained=True, features_only=args.features_only
     )
-    found = deploy.export(model, args.out, args.format, batch, args.dynamic_size)
+    found = deploy.export(model, args.out, args.format, batch, args.dynamic_size, args.calibrate, args.evaluate)
     one = f"{found.milliseconds:.1f} ms for one image, " if found.milliseconds else ""
+    if found.agreement is None:
+        compared = f"largest difference from {args.model}: {found.difference:.1e} of the largest number"
+    else:
+        compared = f"in int8 {found.agreement:.1%} of the photos in {args.calibrate} keep the class of {args.model}"
+        compared += f"\nleft in float: {', '.join(found.in_float)}" if found.in_float else ""
+    if found.accuracy:
+        before, after, count = found.accuracy
+        compared += f"\n{after:.2f} % of {count:,} photos in {args.evaluate} right, and {before:.2f} % by {args.model}"
     print(
         f"{', '.join(map(str, found.files))}: {found.bytes / 1e6:.1f} MB, loaded in {found.load_seconds:.2f} s\n"
-        f"largest difference from {args.model}: {found.difference:.1e} of the largest number\n"
+        f"{compared}\n"
         f"{one}{found.images_per_second:.1f} images/s in batches of {found.batch}, by {torch.get_num_threads()} threads"
     )
 

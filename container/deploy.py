@@ -12,7 +12,7 @@ import statistics
 import tempfile
 import time
 import warnings
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -21,6 +21,7 @@ import torch
 from timm.data import resolve_model_data_config
 from torch import Tensor, nn
 
+from . import int8
 from .fuse import fuse
 from .images import pixels_per_token
 from .predict import class_names
@@ -46,6 +47,9 @@ class Exported(NamedTuple):
         milliseconds: A batch of one, or None if it does not take one.
         images_per_second: In batches of `batch`.
         batch: Images in a batch.
+        agreement: Of the photos that int8 was chosen by, the share of which the file names the model's class.
+        in_float: Layers that int8 would have cost too much.
+        accuracy: Top-1 of the model and of the file in percent, and of how many photos.
     """
 
     files: list[Path]
@@ -55,6 +59,9 @@ class Exported(NamedTuple):
     milliseconds: float | None
     images_per_second: float
     batch: int
+    agreement: float | None = None
+    in_float: Sequence[str] = ()
+    accuracy: tuple[float, float, int] | None = None
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
@@ -83,7 +90,13 @@ class _Outputs(nn.Module):
 
 
 def export(
-    model: nn.Module, out: str | Path, format: str, batch: int | None = None, dynamic_size: bool = False
+    model: nn.Module,
+    out: str | Path,
+    format: str,
+    batch: int | None = None,
+    dynamic_size: bool = False,
+    calibrate: str | Path | None = None,
+    evaluate: str | Path | None = None,
 ) -> Exported:
     """Writes a model for another runtime, and compares its answers with those of the model before fusing.
 
@@ -96,12 +109,15 @@ def export(
         format: One of `FORMATS`.
         batch: Images in a batch, or None for any number.
         dynamic_size: Whether images may have any height and width, too.
+        calibrate: A folder of photos by which int8 is chosen, for ONNX and OpenVINO; None for float32. Such a file has
+            no answers to compare, so it has to name the model's class on 95 % of these photos.
+        evaluate: A folder of class folders, of which both name photos.
 
     Raises:
-        ImportError: The format's package is not installed.
+        ImportError: The format's package, or NNCF for int8, is not installed.
         OSError: The file cannot be written.
         ValueError: The model is tied to its size, the suffix is another's, or the answers differ by more than `BOUND`.
-            Nothing is left then.
+            int8 is for another format, for maps, or names other classes. Nothing is left then.
     """
     out, network = Path(out), model
     if model.training:
@@ -126,28 +142,55 @@ def export(
     if dynamic_size:
         least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
         dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+    labelled = None if evaluate is None else int8.labelled(model, evaluate)
+    photos = None
+    if calibrate is not None:
+        if format not in ("onnx", "openvino"):
+            raise ValueError(f"{format} has no int8: onnx and openvino do")
+        if names != ["logits"]:
+            raise ValueError("int8 is chosen by the classes that photos are given, and maps have none")
+        photos = int8.calibration(model, calibrate)
+        told["precision"] = "f32"  # of what is not in int8; OpenVINO is slower if it is bfloat16
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad(), _quiet():
-        scratch = Path(folder, out.name)
+        scratch, agreement, in_float = Path(folder, out.name), None, []
+        first = format if photos is None else "onnx"  # OpenVINO reads int8 from there
+        written = scratch.with_suffix(FORMATS[first])
         try:
-            _WRITERS[format](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), scratch)
+            _WRITERS[first](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), written)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of torch's exporters and OpenVINO's converter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ValueError(f"{format} has no file for this model: {reason}") from error
-        start = time.perf_counter()
-        run = _RUNNERS[format](scratch)
-        loaded = time.perf_counter() - start
+            raise ValueError(f"{first} has no file for this model: {reason}") from error
+        run, loaded = _load(first, written)
         shapes = [(count, *side)] + ([] if batch else [(1, *side), (3, *side)])
         shapes += [(count, side[0] + 32, side[1] + 64), (count, side[0] - 7, side[1] + 9)] if dynamic_size else []
         difference = max(_difference(model, run, torch.randn(n, channels, h, w)) for n, h, w in shapes)
         if not difference <= BOUND:
-            raise ValueError(f"{format} gives other answers: {difference:.1e} of the largest number, {BOUND:g} allowed")
+            raise ValueError(f"{first} gives other answers: {difference:.1e} of the largest number, {BOUND:g} allowed")
         measured = batch or 8
+        if photos is not None:
+            named = torch.cat([model(some).argmax(1) for some in photos.split(8)])
+            in_float = int8.quantize(written, photos, named, batch or 1)
+            if format == "openvino":
+                _save_openvino(written, names, json.dumps(told), scratch)
+                written.unlink()
+            run, loaded = _load(format, scratch)
+            agreement = int8.agreement(run, photos, named, measured)
+            if agreement < int8.LEAST:
+                raise ValueError(f"in int8 {agreement:.1%} of the photos in {calibrate} keep their class, 95 % have to")
+        accuracy = None if labelled is None else int8.accuracy(model, run, *labelled, measured)
         one = 1e3 * _seconds(run, torch.randn(1, channels, *side)) if batch in (None, 1) else None
         many = measured / _seconds(run, torch.randn(measured, channels, *side))
         del run
         files = [Path(shutil.move(path, out.parent / path.name)) for path in sorted(Path(folder).iterdir())]
-    return Exported(files, difference, sum(f.stat().st_size for f in files), loaded, one, many, measured)
+    size = sum(file.stat().st_size for file in files)
+    return Exported(files, difference, size, loaded, one, many, measured, agreement, in_float, accuracy)
+
+
+def _load(format: str, path: Path) -> tuple[Run, float]:
+    """A file's runtime, and the seconds until it can answer."""
+    start = time.perf_counter()
+    return _RUNNERS[format](path), time.perf_counter() - start
 
 
 def _difference(model: nn.Module, run: Run, images: Tensor) -> float:
@@ -201,12 +244,16 @@ def _write_onnx(
 def _write_openvino(
     model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
 ) -> None:
+    _save_openvino(torch.export.export(model, (example,), dynamic_shapes=dims, strict=False), names, told, path)
+
+
+def _save_openvino(source: Any, names: list[str], told: str, path: Path) -> None:
+    """Of an exported program, or of an ONNX file."""
     try:
         import openvino
     except ImportError:
         raise ImportError(f"--format openvino needs openvino: {_NEEDS}") from None
-    exported = torch.export.export(model, (example,), dynamic_shapes=dims, strict=False)
-    converted = openvino.convert_model(exported)
+    converted = openvino.convert_model(source)
     for port, name in zip((*converted.inputs, *converted.outputs), ("images", *names), strict=True):
         port.get_tensor().set_names({name})
     converted.set_rt_info(told, [KEY])

@@ -10,16 +10,15 @@ from torch import nn
 
 from .images import open_photo
 
-__all__ = ["SAMPLE", "class_names", "predict"]
+__all__ = ["SAMPLE", "class_names", "label_names", "predict"]
 
 SAMPLE = Path(__file__).with_name("sample.jpg")  # a photo to begin with; sample.txt has its source and licence
 
 
-def class_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes, in the order of its logits.
+def label_names(model: nn.Module) -> list[str]:
+    """What a model's classes are called in the folders that it learned from, in the order of its logits.
 
     They are those that come with its weights; else ImageNet's, of the subset that has as many classes; else numbers.
-    WordNet's identifiers become its words: n02099601 is a golden retriever.
 
     Args:
         model: Of timm's, as `weights.create` or `timm.create_model` makes it.
@@ -30,11 +29,24 @@ def class_names(model: nn.Module) -> list[str]:
     network: Any = model
     if not network.num_classes:
         raise ValueError(f"{type(model).__name__} has no classifier")
-    subset = infer_imagenet_subset(network)
-    info = ImageNetInfo(subset or "imagenet-1k")  # words for the identifiers of all subsets are in each
     names = list(network.pretrained_cfg.get("label_names") or ())
     if len(names) != network.num_classes:  # of another classifier than the present one
-        names = info.label_names() if subset else [str(i) for i in range(network.num_classes)]
+        subset = infer_imagenet_subset(network)
+        names = ImageNetInfo(subset).label_names() if subset else [str(i) for i in range(network.num_classes)]
+    return names
+
+
+def class_names(model: nn.Module) -> list[str]:
+    """The same names for people: n02099601 is a golden retriever, by WordNet.
+
+    Args:
+        model: Of timm's.
+
+    Raises:
+        ValueError: It has no classifier.
+    """
+    names = label_names(model)
+    info = ImageNetInfo(infer_imagenet_subset(model) or "imagenet-1k")  # the words of all subsets are in each
 
     def in_words(name: str) -> str:
         try:

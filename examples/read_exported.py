@@ -27,8 +27,11 @@ def load(path: str) -> tuple[dict[str, Any], Any]:
 
     core = openvino.Core()
     model = core.read_model(path)
-    compiled = core.compile_model(model, "CPU")
-    return json.loads(model.get_rt_info(["container"]).value), lambda images: compiled(images)[0]
+    told = json.loads(model.get_rt_info(["container"]).value)
+    compiled = core.compile_model(
+        model, "CPU", {"INFERENCE_PRECISION_HINT": told["precision"]} if "precision" in told else {}
+    )
+    return told, lambda images: compiled(images)[0]
 
 
 def prepare(photo: str, told: dict[str, Any]) -> np.ndarray:

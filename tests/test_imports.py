@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # From the lowest up; a module may import those before it.
 ROOMS = ["files", "images", "affinity", "aggregation", "container", "weights", "fuse"]
-ROOMS += ["detection", "yolo", "figures", "zoo", "predict", "deploy"]
+ROOMS += ["detection", "yolo", "figures", "zoo", "predict"]
 TRAINING = [
     "seeding",
     "depthwise",
@@ -26,7 +26,7 @@ TRAINING = [
     "run",
 ]
 # Uses of a model that read data as a training does.
-TOP = ["probe"]
+TOP = ["probe", "int8", "deploy"]
 MODEL = ("affinity", "aggregation", "container")
 
 
