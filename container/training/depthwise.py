@@ -52,14 +52,10 @@ class _Depthwise(torch.autograd.Function):
     """A depthwise convolution of stride 1, whose weights get their gradient column by column."""
 
     @staticmethod
-    def forward(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
-
-    @staticmethod
-    def setup_context(ctx, inputs, output) -> None:  # type: ignore[no-untyped-def]
-        x, weight, bias, ctx.padding = inputs
-        ctx.has_bias = bias is not None
+    def forward(ctx, x, weight, bias, padding):  # type: ignore[no-untyped-def]
+        ctx.padding, ctx.has_bias = padding, bias is not None
         ctx.save_for_backward(x, weight)
+        return F.conv2d(x, weight, bias, padding=padding, groups=len(weight))
 
     @staticmethod
     @once_differentiable

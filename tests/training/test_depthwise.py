@@ -111,6 +111,7 @@ def test_second_derivatives_are_refused_in_one_line():
         gradient.sum().backward()
 
 
+@pytest.mark.filterwarnings("ignore:.*should not be instantiated:DeprecationWarning")  # torch 2.7's own compiler does
 def test_compiled():
     torch.compiler.reset()
     plain = nn.Sequential(depthwise(padding=2), nn.GELU())
