@@ -31,7 +31,7 @@ from torch.utils.flop_counter import flop_registry
 
 from . import measure, speed
 
-COMPILERS = {"compile", "freeze", "aot", "onnx"}
+COMPILERS = {"compile", "freeze", "aot", "onnx", "openvino"}
 _MARK = "part: "  # begins the name of a part in a profile
 
 

@@ -17,6 +17,9 @@ own. What is there is saved after every round, and with --budget the command end
   freeze         torch.compile, the weights as constants (inductor's freezing); CPU
   aot            torch.export, then AOTInductor (on a CPU with freezing)
   onnx           ONNX Runtime, CPU
+  openvino       OpenVINO, CPU; in float32, or with bf16 in that
+  int8           with onnx or openvino: products in int8, as of `container export`; the random weights bear it badly
+  depthwise      the faster gradient of depthwise convolutions, as in train_imagenet.py; training on a CPU
 
 `released` is the authors' network: `container_v1_light` of the models.py that --released names.
 """
@@ -25,6 +28,7 @@ import argparse
 import contextlib
 import copy
 import importlib.util
+import logging
 import math
 import sys
 import tempfile
@@ -41,12 +45,17 @@ from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
 import container.fuse
+from container.int8 import to_int8
+from container.training import speed_up_depthwise
 
 from . import measure
 from .workers import Inline, Worker, end, first_answers
 
-SETTINGS = ("eager", "fused", "channels_last", "bf16", "amp", "compile", "graph", "freeze", "aot", "onnx")
-INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx"}
+SETTINGS = (
+    *("eager", "fused", "channels_last", "bf16", "amp", "compile", "graph", "freeze", "aot"),
+    *("onnx", "openvino", "int8", "depthwise"),
+)
+INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx", "openvino", "int8"}
 WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "images/s, training step"}
 
 
@@ -189,13 +198,19 @@ def prepare(
     settings, device = set(entry.settings), images.device
     if train and settings & INFERENCE_ONLY:
         raise ValueError(f"{'+'.join(sorted(settings & INFERENCE_ONLY))} is for inference")
+    if "depthwise" in settings and (not train or device.type != "cpu"):
+        raise ValueError("depthwise is for training on a CPU")
+    if "int8" in settings and not settings & {"onnx", "openvino"}:
+        raise ValueError("int8 is for onnx or openvino")
     if "graph" in settings and device.type != "cuda":
         raise ValueError("graph is for a GPU")
     model = copy.deepcopy(model).train(train)
     if "fused" in settings:
         model = container.fuse.fuse(model)
     model = model.to(device)
-    if "bf16" in settings:
+    if "depthwise" in settings:
+        speed_up_depthwise(model)
+    if "bf16" in settings and "openvino" not in settings:
         model, images = model.bfloat16(), images.bfloat16()
     if "channels_last" in settings:
         model, images = model.to(memory_format=torch.channels_last), images.to(memory_format=torch.channels_last)
@@ -210,8 +225,10 @@ def prepare(
         run = torch.compile(model, backend=backend, options={"freezing": True} if "freeze" in settings else None)
     elif "aot" in settings:
         run = _aot(model, images)
+    elif "openvino" in settings:
+        run = _openvino(model, images, settings)
     elif "onnx" in settings:
-        run = _onnx(model, images)
+        run = _onnx(model, images, "int8" in settings)
 
     if not train:
 
@@ -247,7 +264,34 @@ def _aot(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
         return torch._inductor.aoti_load_package(package)
 
 
-def _onnx(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
+def _save_onnx(model: nn.Module, images: Tensor, file: str, in_int8: bool) -> None:
+    import onnx
+
+    torch.onnx.export(model, (images,), file, input_names=["images"], dynamo=True, verbose=False)
+    if in_int8:
+        logging.disable(logging.INFO)  # NNCF names every node
+        onnx.save(to_int8(onnx.load(file), images, len(images)), file)
+        logging.disable(logging.NOTSET)
+
+
+def _openvino(model: nn.Module, images: Tensor, settings: set[str]) -> Callable[[Tensor], Tensor]:
+    import openvino
+
+    if images.device.type != "cpu":
+        raise ValueError("openvino is measured on the CPU")
+    with tempfile.TemporaryDirectory() as folder:
+        if "int8" in settings:
+            _save_onnx(model, images, f"{folder}/model.onnx", True)
+            converted = openvino.convert_model(f"{folder}/model.onnx")
+        else:
+            converted = openvino.convert_model(torch.export.export(model, (images,), strict=False))
+        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+        hint = {"INFERENCE_PRECISION_HINT": "bf16" if "bf16" in settings else "f32"}
+        compiled = openvino.compile_model(converted, "CPU", options | hint)
+    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+
+
+def _onnx(model: nn.Module, images: Tensor, in_int8: bool) -> Callable[[Tensor], Tensor]:
     import onnxruntime
 
     if images.device.type != "cpu" or images.dtype != torch.float32:
@@ -256,7 +300,7 @@ def _onnx(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
     options.intra_op_num_threads = torch.get_num_threads()
     with tempfile.TemporaryDirectory() as folder:
         file = f"{folder}/model.onnx"
-        torch.onnx.export(model, (images,), file, input_names=["images"], dynamo=True, verbose=False)
+        _save_onnx(model, images, file, in_int8)
         session = onnxruntime.InferenceSession(file, options, providers=["CPUExecutionProvider"])
 
     def run(images: Tensor) -> Tensor:
@@ -329,7 +373,7 @@ def _begin(task: Task, entry: str, seconds: float) -> tuple[int | None, int]:
     if isinstance(work, Graphed):
         work.capture()
     work()  # cuDNN tries its kernels
-    peak = None if "onnx" in entry else measure.peak_memory(work, device)
+    peak = None if "onnx" in entry or "openvino" in entry else measure.peak_memory(work, device)
     once = _turn(task, entry, 1)
     return peak, max(1, math.ceil(seconds / once)) if once else 1000
 

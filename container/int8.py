@@ -19,7 +19,7 @@ from .training.data import Images, Photos, check_classes, open_validation
 from .training.loader import create_val_loader, default_workers
 from .training.run import tell_unreadable
 
-__all__ = ["accuracy", "agreement", "calibration", "labelled", "quantize"]
+__all__ = ["accuracy", "agreement", "calibration", "labelled", "quantize", "to_int8"]
 
 PHOTOS = 300  # that ranges of activations are read from
 LEAST = 0.95  # of them are named as by the model
@@ -111,10 +111,49 @@ def _logits(run: Run, photos: Tensor, batch: int) -> Tensor:
     return run(torch.cat([photos, rest]))[0][: len(photos)]
 
 
-def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]:
-    """Rewrites an ONNX file: weights and activations of convolutions and matrix products in int8, by NNCF.
+def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | None = None) -> Any:
+    """An ONNX model with weights and activations of its convolutions and matrix products in int8, by NNCF.
 
-    Where it then names other classes than the model too often, NNCF puts the layers that lose most back into float.
+    Args:
+        model: In float32, an `onnx.ModelProto`.
+        photos: (photos, channels, height, width), from which ranges are read.
+        batch: Images that the model takes at once.
+        judge: Of a model: the share of photos that it names right, and as a list by batches of the first 100 photos.
+            With it, layers go back into float until that share is 95 %.
+
+    Raises:
+        ImportError: NNCF is not installed.
+        ValueError: There are fewer photos than a batch has.
+    """
+    try:
+        import nncf
+    except ImportError:
+        raise ImportError('int8 needs nncf: pip install "container-timm[deploy]"') from None
+    if len(photos) < batch:
+        raise ValueError(f"{len(photos)} photos to choose int8 by, and batches of {batch}")
+    others = {node.op_type for node in model.graph.node} - _PRODUCTS
+    scope: dict[str, Any] = dict(ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False))
+    scope |= dict(subset_size=len(photos) // batch)
+
+    def data(count: int) -> Any:
+        return nncf.Dataset([some.numpy() for some in _whole(photos, batch, count)], lambda images: {"images": images})
+
+    with contextlib.redirect_stdout(io.StringIO()):  # bars of its progress
+        if judge is None:
+            return nncf.quantize(model, data(len(photos)), **scope)
+        return nncf.quantize_with_accuracy_control(
+            model, data(len(photos)), data(_RANKED), judge,
+            max_drop=1 - LEAST, drop_type=nncf.DropType.ABSOLUTE, **scope,
+        )  # fmt: skip
+
+
+def _whole(of: Tensor, batch: int, count: int) -> tuple[Tensor, ...]:
+    """The first `count` of them in whole batches, of which there is at least one."""
+    return of[: max(min(count, len(of)), batch) // batch * batch].split(batch)
+
+
+def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]:
+    """Rewrites an ONNX file in int8. Where it then names other classes too often, layers go back into float.
 
     Args:
         path: The file, in float32, as torch's exporter writes it.
@@ -123,49 +162,30 @@ def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]
         batch: Images that the file takes at once.
 
     Returns:
-        The layers left in float.
+        The layers left in float, those that lose most.
 
     Raises:
         ImportError: NNCF is not installed.
         ValueError: There are fewer photos than a batch has.
     """
-    try:
-        import nncf
-        import onnx
-        import onnxruntime
-    except ImportError:
-        raise ImportError('--int8 needs nncf: pip install "container-timm[deploy]"') from None
-    model = onnx.load(path)
-    if len(photos) < batch:
-        raise ValueError(f"{len(photos)} photos to choose int8 by, and batches of {batch}")
-    others = {node.op_type for node in model.graph.node} - _PRODUCTS
-    scope: dict[str, Any] = dict(ignored_scope=nncf.IgnoredScope(types=sorted(others), validate=False))
-    scope |= dict(subset_size=len(photos) // batch)
+    import onnx
+    import onnxruntime
 
-    def whole(of: Tensor, count: int) -> tuple[Tensor, ...]:
-        return of[: max(count, batch) // batch * batch].split(batch)
-
-    def judge(candidate: Any, _: Any) -> tuple[float, list[float]]:
+    def judge(candidate: Any, _: Any = None) -> tuple[float, list[float]]:
         session = onnxruntime.InferenceSession(candidate.SerializeToString(), providers=["CPUExecutionProvider"])
 
         def run(images: Tensor) -> list[Tensor]:
             return [torch.from_numpy(session.run(None, {"images": images.numpy()})[0])]
 
-        pairs = zip(whole(photos, _RANKED), whole(named, _RANKED), strict=True)
+        pairs = zip(_whole(photos, batch, _RANKED), _whole(named, batch, _RANKED), strict=True)
         shares = [agreement(run, some, classes, batch) for some, classes in pairs]
         return statistics.mean(shares), shares
 
-    def data(count: int) -> Any:
-        return nncf.Dataset([some.numpy() for some in whole(photos, count)], lambda images: {"images": images})
-
-    with contextlib.redirect_stdout(io.StringIO()):  # bars of its progress
-        found = nncf.quantize(model, data(len(photos)), **scope)
-        every = _products(found)
-        if judge(found, None)[0] < LEAST:
-            found = nncf.quantize_with_accuracy_control(
-                model, data(len(photos)), data(_RANKED), judge,
-                max_drop=1 - LEAST, drop_type=nncf.DropType.ABSOLUTE, **scope,
-            )  # fmt: skip
+    model = onnx.load(path)
+    found = to_int8(model, photos, batch)
+    every = _products(found)
+    if judge(found)[0] < LEAST:
+        found = to_int8(model, photos, batch, judge)
     found.metadata_props.extend(prop for prop in model.metadata_props if prop not in found.metadata_props)
     onnx.save(found, path)
     kept = _products(found)
