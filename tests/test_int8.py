@@ -44,7 +44,8 @@ def read(model, folder):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("format", ["openvino", pytest.param("onnx", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("format", ["openvino", "onnx"])
 def test_a_file_names_the_same_classes_and_says_how_many(format, photos, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     model = timm.create_model(NANO, pretrained=True).eval()
