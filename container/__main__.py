@@ -9,7 +9,7 @@ container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT]
 container weights export NAME FOLDER
 container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
-container export NAME[.tag] OUT --format FORMAT        a file for ONNX Runtime, OpenVINO, torch.export or TorchScript
+container export NAME[.tag] OUT --format FORMAT        a file for another runtime, ONNX Runtime and OpenVINO among them
 container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
 container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
@@ -109,7 +109,7 @@ def _parser() -> argparse.ArgumentParser:
     pictures.set_defaults(command=_figures)
     deployed = commands.add_parser("export", help="a file for another runtime, which gives the model's answers")
     deployed.add_argument("model", metavar="NAME[.tag]", help="any of timm's, with weights")
-    deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pt2 or .pt")
+    deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pte, .pt2 or .pt")
     deployed.add_argument("--format", choices=deploy.FORMATS, required=True)
     deployed.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
     deployed.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")

@@ -5,6 +5,7 @@ under `container`, in the metadata of the file.
 """
 
 import contextlib
+import copy
 import json
 import logging
 import shutil
@@ -28,7 +29,7 @@ from .predict import class_names
 
 __all__ = ["FORMATS", "Exported", "export", "preprocessing"]
 
-FORMATS = dict(onnx=".onnx", openvino=".xml", pt2=".pt2", torchscript=".pt")
+FORMATS = dict(onnx=".onnx", openvino=".xml", executorch=".pte", pt2=".pt2", torchscript=".pt")
 KEY = "container"  # of the metadata
 BOUND = 1e-3  # largest difference of an answer, as a share of the largest number in it
 _NEEDS = 'pip install "container-timm[deploy]"'
@@ -124,6 +125,8 @@ def export(
         raise ValueError("a model in training mode cannot be exported: call eval() first")
     if out.suffix != FORMATS[format]:
         raise ValueError(f"{out} should end in {FORMATS[format]}, as files of {format} do")
+    if format == "executorch" and (dynamic_size or not batch):
+        raise ValueError("executorch plans its memory for one size of a batch: --batch N, without --dynamic-size")
     told = preprocessing(model)
     channels, *side = told["input_size"]
     cfg: Any = getattr(network, "pretrained_cfg", {})
@@ -132,21 +135,12 @@ def export(
     count = batch or 2  # torch.export takes 1 for a constant
     example = torch.randn(count, channels, *side)
     wrapped = _Outputs(fuse(model)).eval()
-    try:
-        with torch.no_grad():
-            answers = wrapped(example)
-    except (AssertionError, RuntimeError) as error:
-        raise ValueError(f"{type(model).__name__} fails at {side[0]} x {side[1]} pixels: {error}") from error
-    names = ["logits"] if len(answers) == 1 else [f"stage{i + 1}" for i in range(len(answers))]
-    dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
-    if dynamic_size:
-        least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
-        dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+    names, dims = _output_names(wrapped, example), _dynamic(model, batch, dynamic_size)
     labelled = None if evaluate is None else int8.labelled(model, evaluate)
     photos = None
     if calibrate is not None:
         if format not in ("onnx", "openvino"):
-            raise ValueError(f"{format} has no int8: onnx and openvino do")
+            raise ValueError(f"{format} has no int8 here: onnx and openvino do")
         if names != ["logits"]:
             raise ValueError("int8 is chosen by the classes that photos are given, and maps have none")
         photos = int8.calibration(model, calibrate)
@@ -158,7 +152,7 @@ def export(
         written = scratch.with_suffix(FORMATS[first])
         try:
             _WRITERS[first](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), written)
-        except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of torch's exporters and OpenVINO's converter
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of the exporters and OpenVINO's converter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ValueError(f"{first} has no file for this model: {reason}") from error
         run, loaded = _load(first, written)
@@ -185,6 +179,25 @@ def export(
         files = [Path(shutil.move(path, out.parent / path.name)) for path in sorted(Path(folder).iterdir())]
     size = sum(file.stat().st_size for file in files)
     return Exported(files, difference, size, loaded, one, many, measured, agreement, in_float, accuracy)
+
+
+def _output_names(model: _Outputs, images: Tensor) -> list[str]:
+    try:
+        with torch.no_grad():
+            answers = model(images)
+    except (AssertionError, RuntimeError) as error:
+        size = " x ".join(map(str, images.shape[-2:]))
+        raise ValueError(f"{type(model.model).__name__} fails at {size} pixels: {error}") from error
+    return ["logits"] if len(answers) == 1 else [f"stage{i + 1}" for i in range(len(answers))]
+
+
+def _dynamic(model: nn.Module, batch: int | None, dynamic_size: bool) -> dict[int, Any]:
+    """The dimensions of a batch of images that are left open."""
+    dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
+    if dynamic_size:
+        least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
+        dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
+    return dims
 
 
 def _load(format: str, path: Path) -> tuple[Run, float]:
@@ -260,6 +273,24 @@ def _save_openvino(source: Any, names: list[str], told: str, path: Path) -> None
     openvino.save_model(converted, path, compress_to_fp16=False)
 
 
+def _write_executorch(
+    model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
+) -> None:
+    try:
+        from executorch.backends.xnnpack.partition.xnnpack_partitioner import XnnpackPartitioner
+        from executorch.exir import to_edge_transform_and_lower
+        from executorch.exir.error import ExportError
+    except ImportError:
+        raise ImportError(f"--format executorch needs executorch: {_NEEDS.replace('deploy', 'executorch')}") from None
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it cannot read channels_last weights
+    exported = torch.export.export(plain, (example,), dynamic_shapes=dims, strict=False)
+    try:  # its files have no metadata; a method that returns a text is what they have
+        edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()], constant_methods={KEY: told})
+        path.write_bytes(edge.to_executorch().buffer)
+    except ExportError as error:
+        raise RuntimeError(str(error)) from error
+
+
 def _write_pt2(
     model: nn.Module, example: Tensor, dims: dict[str, Any] | None, names: list[str], told: str, path: Path
 ) -> None:
@@ -290,6 +321,13 @@ def _run_openvino(path: Path) -> Run:
     return lambda images: [torch.from_numpy(np.array(array)) for array in compiled(images.numpy()).to_tuple()]
 
 
+def _run_executorch(path: Path) -> Run:
+    from executorch.runtime import Runtime
+
+    method = Runtime.get().load_program(path).load_method("forward")
+    return lambda images: [answer.clone() for answer in method.execute([images])]
+
+
 def _run_pt2(path: Path) -> Run:
     module = torch.export.load(path).module()
     return lambda images: list(module(images))
@@ -301,8 +339,16 @@ def _run_torchscript(path: Path) -> Run:
 
 
 _WRITERS: dict[str, Callable[..., None]] = dict(
-    onnx=_write_onnx, openvino=_write_openvino, pt2=_write_pt2, torchscript=_write_torchscript
+    onnx=_write_onnx,
+    openvino=_write_openvino,
+    executorch=_write_executorch,
+    pt2=_write_pt2,
+    torchscript=_write_torchscript,
 )
 _RUNNERS: dict[str, Callable[[Path], Run]] = dict(
-    onnx=_run_onnx, openvino=_run_openvino, pt2=_run_pt2, torchscript=_run_torchscript
+    onnx=_run_onnx,
+    openvino=_run_openvino,
+    executorch=_run_executorch,
+    pt2=_run_pt2,
+    torchscript=_run_torchscript,
 )

@@ -1,5 +1,6 @@
 """`container export`: files for other runtimes, with the model's answers."""
 
+import importlib.util
 import json
 import re
 import subprocess
@@ -27,6 +28,12 @@ def images(*shape):
     return torch.randn(*shape, generator=torch.Generator().manual_seed(0))
 
 
+def loaded(path):
+    from executorch.runtime import Runtime
+
+    return Runtime.get().load_program(path)
+
+
 def answers(path, x):
     """Of a file, by its runtime alone."""
     if path.suffix == ".onnx":
@@ -35,6 +42,8 @@ def answers(path, x):
     if path.suffix == ".xml":
         compiled = openvino.Core().compile_model(path, "CPU", {"INFERENCE_PRECISION_HINT": "f32"})
         return [torch.from_numpy(np.array(compiled({"images": x.numpy()})[i])) for i in range(len(compiled.outputs))]
+    if path.suffix == ".pte":
+        return loaded(path).load_method("forward").execute([x])
     run = torch.export.load(path).module() if path.suffix == ".pt2" else torch.jit.load(path)
     return run(x)
 
@@ -45,6 +54,8 @@ def told(path):
         return json.loads(onnxruntime.InferenceSession(path).get_modelmeta().custom_metadata_map["container"])
     if path.suffix == ".xml":
         return json.loads(openvino.Core().read_model(path).get_rt_info(["container"]).value)
+    if path.suffix == ".pte":
+        return json.loads(loaded(path).load_method("container").execute([])[0])
     extra = {"container": ""}
     torch.export.load(path, extra_files=extra) if path.suffix == ".pt2" else torch.jit.load(path, _extra_files=extra)
     return json.loads(extra["container"])
@@ -55,15 +66,21 @@ def model():
     return timm.create_model(OURS, pretrained=True).eval()
 
 
-@pytest.mark.parametrize("format", deploy.FORMATS)
+no_executorch = pytest.mark.skipif(
+    importlib.util.find_spec("executorch") is None, reason='pip install "container-timm[executorch]"'
+)
+FORMATS = [pytest.param(format, marks=no_executorch) if format == "executorch" else format for format in deploy.FORMATS]
+
+
+@pytest.mark.parametrize("format", FORMATS)
 @torch.no_grad()
 def test_a_file_gives_the_answers_and_says_how_photos_are_prepared(model, format, tmp_path):
-    """At batches and sizes that it was not made with, by the runtime alone."""
-    path = tmp_path / f"model{deploy.FORMATS[format]}"
-    found = deploy.export(model, path, format, dynamic_size=True)
+    """At batches and sizes that it was not made with, where the format has such, by the runtime alone."""
+    path, fixed = tmp_path / f"model{deploy.FORMATS[format]}", format == "executorch"
+    found = deploy.export(model, path, format, batch=2 if fixed else None, dynamic_size=not fixed)
     assert found.files[-1] == path and sorted(tmp_path.iterdir()) == found.files
     assert found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) and 0 < found.difference < 1e-5
-    for shape in ((1, 3, 32, 32), (5, 3, 41, 64)):
+    for shape in ((2, 3, 32, 32),) if fixed else ((1, 3, 32, 32), (5, 3, 41, 64)):
         (y,) = answers(path, images(*shape))
         torch.testing.assert_close(y, model(images(*shape)), rtol=1e-4, atol=1e-4)
     said = told(path)
@@ -87,10 +104,13 @@ def test_maps_in_place_of_logits(tmp_path):
         answers(tmp_path / "maps.onnx", images(2, 3, 128, 128))
 
 
-@pytest.mark.parametrize("format", ["onnx", "torchscript"])
+@pytest.mark.parametrize(
+    "format", ["onnx", "torchscript", pytest.param("executorch", marks=(no_executorch, pytest.mark.slow))]
+)
 @pytest.mark.parametrize("name", ["container_nano", pytest.param("container_mixer", marks=pytest.mark.slow)])
 def test_other_members(name, format, tmp_path):
-    found = deploy.export(weights.create(name, img_size=64), tmp_path / f"m{deploy.FORMATS[format]}", format)
+    file = tmp_path / f"m{deploy.FORMATS[format]}"
+    found = deploy.export(weights.create(name, img_size=64), file, format, batch=1 if format == "executorch" else None)
     assert found.difference < 1e-5
 
 
@@ -151,6 +171,10 @@ def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, cap
         (
             [OURS, "m.onnx", "--format", "onnx", "--batch", "few"],
             "--batch few is neither a number of images nor dynamic",
+        ),
+        (
+            [OURS, "m.pte", "--format", "executorch"],
+            "executorch plans its memory for one size of a batch: --batch N, without --dynamic-size",
         ),
         (["container_mixer", "m.pt", "--format", "torchscript"], "container_mixer has no weights: there are "),
     ],
