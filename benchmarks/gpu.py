@@ -71,6 +71,10 @@ def plan(
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
     train = [f"{name}:amp+channels_last{more}" for name in (*OURS, *PEERS) for more in ("", compiled)]
     latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
+    # 1x1 convolutions as linear layers, which the parts say take half the time; and what compilers can do at most.
+    infer += [f"{ours[0]}{more}" for more in ("+linear", "+linear+compile", "+max-autotune")]
+    train += [f"{OURS[0]}:amp+channels_last{more}" for more in ("+linear", "+linear+compile")]
+    latency += [f"{ours[0]}+reduce-overhead"]
     if released:
         infer += ["released:amp", "released:amp+channels_last+compile"]
         train += ["released:amp", "released:amp+channels_last+compile"]
@@ -121,7 +125,9 @@ def plan(
         ],
         latency=[speed("latency", latency, 1, 16)],
         roofline=[
-            measured("roofline", 256, light, *size, *rounds, "--name", "roofline-infer"),
+            measured(
+                "roofline", 256, f"{light},{light.partition(':')[2]}+linear", *size, *rounds, "--name", "roofline-infer"
+            ),
             measured("roofline", 128, trained, *size, *rounds, "--work", "train", "--name", "roofline-train"),
             measured("parts", 256, *parts, "--name", "parts-infer"),
             measured("parts", 128, *parts, "--backward", "--name", "parts-train"),

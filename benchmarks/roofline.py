@@ -1,6 +1,7 @@
 """A model's parts against the bound of its device: bytes over bandwidth, or floating-point operations over matrix rate.
 
 python -m benchmarks.roofline container_light:fused container_light:fused+onnx --device cpu
+python -m benchmarks.roofline container_light:fused+bf16 --limits 3350 989 --device cpu --batch-size 64   # of an H100
 
 Every operator that PyTorch runs is timed where it runs, with its own input: on a GPU the time of its kernels, by
 torch.profiler. The bytes of a part are those of the
@@ -13,7 +14,8 @@ do is measured first, by copying a large tensor and by multiplying large matrice
 
 Entries are those of benchmarks.speed. Compilers and ONNX Runtime run no operators of PyTorch: for them there is the
 whole time only, against the bounds of the same model without them. "busy" is the time for which the device computes in
-a call; what is left of the whole time it waits for the host.
+a call; what is left of the whole time it waits for the host. With --limits the bounds are those of another device, by
+its data sheet: bytes and operations are counted here, and no time is taken.
 """
 
 import argparse
@@ -31,7 +33,7 @@ from torch.utils.flop_counter import flop_registry
 
 from . import measure, speed
 
-COMPILERS = {"compile", "freeze", "aot", "onnx", "openvino"}
+COMPILERS = {*speed.COMPILED, "freeze", "aot", "onnx", "openvino"}
 _MARK = "part: "  # begins the name of a part in a profile
 
 
@@ -61,10 +63,17 @@ class Recorder(TorchDispatchMode):
         read = {id(t): t for t in tree_leaves((args, kwargs)) if isinstance(t, Tensor)}
         written = {id(t): t for t in tree_leaves(out) if isinstance(t, Tensor)}
         moved = sum(t.numel() * t.element_size() for t in {**read, **written}.values())
-        formula = flop_registry.get(func.overloadpacket)
-        flops = int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
-        self.operators.append(Operator(part, moved, flops))
+        self.operators.append(Operator(part, moved, _flops(func, args, kwargs, out)))
         return out
+
+
+def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
+    """Operations by PyTorch's formulas; but its formula for a convolution's backward takes no account of groups."""
+    if func is torch.ops.aten.convolution_backward.default:
+        gradient, weight, wanted = args[0], args[2], args[10]
+        return 2 * gradient.numel() * weight[0].numel() * sum(wanted[:2])  # of the input, of the weight
+    formula = flop_registry.get(func.overloadpacket)
+    return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 
 
 def _part(func: Any, args: tuple) -> str:
@@ -150,6 +159,29 @@ def report(parts: dict[str, dict[str, float]]) -> str:
     return measure.table(["part @ map", "runs", "ms", "of all", "MiB", "GFLOP", "bound ms", "reached"], lines)
 
 
+def per_image(parts: dict[str, dict[str, float]], images: int, timed: bool) -> str:
+    """A table of the kinds of parts, whatever the map, by what they take of an image; the longest bound first."""
+    kinds: dict[str, dict[str, float]] = {}
+    for name, part in parts.items():
+        kind = kinds.setdefault(name.partition(" @ ")[0], dict.fromkeys(part, 0.0))
+        for key in part:
+            kind[key] += part[key]
+    total = {key: sum(kind[key] for kind in kinds.values()) for key in next(iter(kinds.values()))}
+    shown = {name: kind for name, kind in kinds.items() if kind["bound"] >= total["bound"] / 100}
+    shown = dict(sorted(shown.items(), key=lambda item: -item[1]["bound"]))
+    rest = [kind for name, kind in kinds.items() if name not in shown]
+    shown[f"{len(rest)} parts below 1 %"] = {key: sum(kind[key] for kind in rest) for key in total}
+    shown["all"] = total
+    lines = []
+    for name, kind in shown.items():
+        moved, flops = kind["bytes"] / 2**20 / images, kind["flops"] / 1e9 / images
+        line = [name, f"{moved:.2f}", f"{flops:.2f}", f"{kind['bound'] * 1e6 / images:.1f}"]
+        reached = f"{kind['bound'] / kind['seconds']:.0%}" if kind["seconds"] else ""
+        lines.append([*line, f"{kind['seconds'] * 1e6 / images:.1f}", reached] if timed else line)
+    header = ["an image", "MiB", "GFLOP", "bound, us", "us", "reached"]
+    return measure.table(header if timed else header[:4], lines)
+
+
 def main(argv: list[str] | None = None) -> None:
     """Measures, prints, and writes `roofline.json` with --out."""
     parser = argparse.ArgumentParser(
@@ -162,6 +194,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--device", default="auto")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument(
+        "--limits", type=float, nargs=2, metavar=("GB/S", "TFLOP/S"), help="of another device; no time is taken"
+    )
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--name", default="roofline")
@@ -182,7 +217,10 @@ def main(argv: list[str] | None = None) -> None:
         half = {"bf16", "amp"} & set(entry.settings)
         key = "bfloat16" if half else "float32"
         if key not in result["limits"]:
-            limit = limits(device, getattr(torch, key))
+            if args.limits:
+                limit = dict(bandwidth=1e9 * args.limits[0], rate=1e12 * args.limits[1])
+            else:
+                limit = limits(device, getattr(torch, key))
             result["limits"][key] = limit
             print(f"\n{key}: {limit['bandwidth'] / 1e9:.1f} GB/s, {limit['rate'] / 1e9:.0f} GFLOP/s\n")
         limit = result["limits"][key]
@@ -190,20 +228,26 @@ def main(argv: list[str] | None = None) -> None:
         plain = entry._replace(settings=tuple(s for s in entry.settings if s not in COMPILERS) or ("eager",))
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")
-            parts = record(speed.prepare(plain, model, images, args.work == "train")[0], device, args.rounds)
-            works[str(entry)] = speed.prepare(entry, model, images, args.work == "train")[0]
+            work = speed.prepare(plain, model, images, args.work == "train")[0]
+            parts = record(work, device, 1 if args.limits else args.rounds)
+            if not args.limits:
+                works[str(entry)] = speed.prepare(entry, model, images, args.work == "train")[0]
         summed, least = bounds(parts, limit)
         row: dict[str, Any] = {"entry": str(entry), "sum_of_bounds": summed, "least_bound": least}
+        result["rows"].append(row)
+        if args.limits:
+            row["parts"] = parts
+            print(f"{entry}\n\n{per_image(parts, args.batch_size, False)}\n", flush=True)
+            continue
         row["busy"] = measure.device_seconds(works[str(entry)], device)
         if plain == entry:
             row["parts"] = parts
-            print(f"{entry}\n\n{report(parts)}\n", flush=True)
-        result["rows"].append(row)
+            print(f"{entry}\n\n{report(parts)}\n\n{per_image(parts, args.batch_size, True)}\n", flush=True)
         if args.out:
             measure.save(args.out, args.name, result)
-    times = measure.interleave(works, args.rounds, args.seconds)
+    times = measure.interleave(works, args.rounds, args.seconds) if works else {}
     lines = []
-    for row in result["rows"]:
+    for row in [] if args.limits else result["rows"]:
         row["seconds"] = times[row["entry"]]
         median = measure.spread(row["seconds"])[1]
         figures = (median, row["busy"], row["sum_of_bounds"], row["least_bound"])
@@ -224,7 +268,8 @@ def main(argv: list[str] | None = None) -> None:
         "of the sum",
         "of the least",
     ]
-    print(measure.table(header, lines))
+    if lines:
+        print(measure.table(header, lines))
     if args.out:
         print(f"{measure.save(args.out, args.name, result)}.json", file=sys.stderr)
 

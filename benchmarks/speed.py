@@ -12,7 +12,9 @@ own. What is there is saved after every round, and with --budget the command end
   channels_last  weights and images in that memory format
   bf16           weights and images in bfloat16
   amp            autocast to bfloat16
+  linear         1x1 convolutions as linear layers over the positions, of any model; the answers are the same
   compile        torch.compile
+  max-autotune, reduce-overhead   torch.compile in these modes; GPU
   graph          a CUDA graph of the call, replayed; GPU
   freeze         torch.compile, the weights as constants (inductor's freezing); CPU
   aot            torch.export, then AOTInductor (on a CPU with freezing)
@@ -41,6 +43,7 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
+import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
@@ -52,9 +55,11 @@ from . import measure
 from .workers import Inline, Worker, end, first_answers
 
 SETTINGS = (
-    *("eager", "fused", "channels_last", "bf16", "amp", "compile", "graph", "freeze", "aot"),
-    *("onnx", "openvino", "int8", "depthwise"),
+    *("eager", "fused", "channels_last", "bf16", "amp", "linear", "compile", "graph", "freeze", "aot"),
+    *("onnx", "openvino", "int8", "depthwise", "max-autotune", "reduce-overhead"),
 )
+MODES = {"max-autotune", "reduce-overhead"}
+COMPILED = {"compile", *MODES}
 INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx", "openvino", "int8"}
 WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "images/s, training step"}
 
@@ -147,6 +152,22 @@ def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
     return model
 
 
+def as_linear(model: nn.Module) -> None:
+    """Computes 1x1 convolutions as F.linear over positions, which in channels_last are rows of a matrix; in place.
+
+    Args:
+        model: Any; its parameters stay as they are.
+    """
+    for module in model.modules():
+        plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding == (0, 0)
+        if plain and module.kernel_size == module.stride == (1, 1):
+            module._conv_forward = _rows  # type: ignore[assignment]
+
+
+def _rows(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    return F.linear(images.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
+
+
 class Graphed:
     """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
 
@@ -204,10 +225,14 @@ def prepare(
         raise ValueError("int8 is for onnx or openvino")
     if "graph" in settings and device.type != "cuda":
         raise ValueError("graph is for a GPU")
+    if len(COMPILED & settings) > 1:
+        raise ValueError(f"{'+'.join(sorted(COMPILED & settings))} are several ways to compile")
     model = copy.deepcopy(model).train(train)
     if "fused" in settings:
         model = container.fuse.fuse(model)
     model = model.to(device)
+    if "linear" in settings:
+        as_linear(model)
     if "depthwise" in settings:
         speed_up_depthwise(model)
     if "bf16" in settings and "openvino" not in settings:
@@ -220,9 +245,12 @@ def prepare(
         return torch.autocast(device.type, torch.bfloat16) if "amp" in settings else contextlib.nullcontext()
 
     run: Callable[[Tensor], Tensor] = model
-    if "compile" in settings or "freeze" in settings:
+    if settings & {*COMPILED, "freeze"}:
         torch._dynamo.reset()
-        run = torch.compile(model, backend=backend, options={"freezing": True} if "freeze" in settings else None)
+        options: dict[str, Any] = {"freezing": True} if "freeze" in settings else {}
+        for mode in MODES & settings:
+            options = torch._inductor.list_mode_options(mode)
+        run = torch.compile(model, backend=backend, options=options if backend == "inductor" else None)
     elif "aot" in settings:
         run = _aot(model, images)
     elif "openvino" in settings:
@@ -453,7 +481,8 @@ def _measure(
     groups: dict[str, list[Entry]] = {}
     for apart in (set(), {"graph"}, {"compile"}, {"compile", "graph"}):
         for entry in entries:
-            if apart == {"compile", "graph"} & set(entry.settings):
+            kinds = {"compile" if setting in COMPILED else setting for setting in entry.settings}
+            if apart == {"compile", "graph"} & kinds:
                 groups.setdefault(", ".join([entry.model, *sorted(apart)]), []).append(entry)
     group_of = {str(entry): group for group, own in groups.items() for entry in own}
     workers: dict[str, Inline | Worker] = {}

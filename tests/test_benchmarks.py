@@ -1,5 +1,6 @@
 """The benchmarks measure what they say. Nothing here depends on how fast this machine is."""
 
+import copy
 import functools
 import itertools
 import json
@@ -339,6 +340,43 @@ def test_a_training_step_has_its_backward_parts():
     assert {"convolution depthwise 5x5 backward @ 16x16", "attention", "attention backward"} <= names
     weights = sum(p.numel() for p in model.parameters())
     assert held > 3 * 4 * weights  # AdamW keeps two numbers for each
+
+
+@pytest.mark.parametrize("groups", [1, 8])
+def test_operations_of_a_convolution_backward(groups):
+    """A product for each gradient, of as many operations as its own; PyTorch's formula forgets groups."""
+    conv, x = nn.Conv2d(8, 8, 3, padding=1, groups=groups), torch.randn(2, 8, 5, 6, requires_grad=True)
+    parts = roofline.record(lambda: conv(x).sum().backward(), CPU, 1)
+    (forward,) = [part["flops"] for name, part in parts.items() if "3x3 @" in name]
+    (backward,) = [part["flops"] for name, part in parts.items() if "3x3 backward @" in name]
+    assert forward == 2 * 2 * 30 * 8 * (8 // groups) * 9 and backward == 2 * forward
+
+
+def test_linear_layers_in_place_of_1x1_convolutions():
+    """The same answers and gradients, of the same parameters."""
+    model = speed.create("container_light_nano", 64, None)
+    other = copy.deepcopy(model)
+    speed.as_linear(other)
+    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 5])
+    for network in (model, other):
+        nn.functional.cross_entropy(network(images), labels).backward()
+    for a, b in zip(model.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    parts = roofline.record(lambda: other.eval()(images), CPU, 1)
+    assert any("addmm" in name for name in parts) and not any("1x1" in name for name in parts)
+
+
+def test_bounds_of_another_device(tmp_path, capsys):
+    """By its data sheet: twice the rates are half of the bound, and nothing is timed."""
+    words = ["container_light_nano:fused", *["--batch-size", "2", "--img-size", "64", "--device", "cpu", "--limits"]]
+    found = []
+    for limits in (["100", "50"], ["200", "100"]):
+        roofline.main([*words, *limits, "--out", str(tmp_path)])
+        (row,) = json.loads((tmp_path / "roofline.json").read_text())["rows"]
+        assert "seconds" not in row and "busy" not in row
+        found.append(row["sum_of_bounds"])
+    assert found[0] == pytest.approx(2 * found[1])
+    assert "| an image " in capsys.readouterr().out
 
 
 def test_roofline_command(tmp_path, monkeypatch, capsys):

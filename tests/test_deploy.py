@@ -69,7 +69,10 @@ def model():
 no_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason='pip install "container-timm[executorch]"'
 )
-FORMATS = [pytest.param(format, marks=no_executorch) if format == "executorch" else format for format in deploy.FORMATS]
+FORMATS = [
+    pytest.param(format, marks=(no_executorch, pytest.mark.slow)) if format == "executorch" else format
+    for format in deploy.FORMATS
+]
 
 
 @pytest.mark.parametrize("format", FORMATS)
