@@ -12,7 +12,9 @@ container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does w
 container export NAME[.tag] OUT --format FORMAT        a file for another runtime, ONNX Runtime and OpenVINO among them
 container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
-container run SCRIPT [ARGUMENT ...]  timm's train.py, validate.py, ...; `python -m container SCRIPT` for short
+container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]
+    timm's train.py, a module, `accelerate launch ...`: with the models, also in the processes that it starts;
+    `python -m container SCRIPT` for short
 """
 
 import argparse
@@ -20,6 +22,7 @@ import importlib.util
 import json
 import os
 import runpy
+import shutil
 import sys
 from pathlib import Path
 from typing import Any
@@ -30,6 +33,8 @@ from . import deploy, figures, predict, probe, weights, zoo
 from .container import Container
 from .files import write_atomically
 from .images import open_photo
+
+_CHILDREN = Path(__file__).parent / "children"
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -64,20 +69,40 @@ def main(argv: list[str] | None = None) -> None:
 
 
 def run(argv: list[str]) -> None:
-    """Runs a script as `python SCRIPT ...` would, with the models registered.
+    """Runs a script, `-m MODULE` or a command as Python or the shell would, with the models registered.
+
+    So they are in the processes that it starts, by a launcher, by `spawn` or by a shell: a folder of this package in
+    front of PYTHONPATH has them import the family right after timm (`container/children/sitecustomize.py`).
 
     Args:
-        argv: The script and its arguments.
+        argv: The script, `-m` and a module, or a command, and their arguments.
 
     Raises:
-        SystemExit: There is no such script, or it ended so.
+        SystemExit: There is none of that name, or it ended so.
     """
-    if not argv:
-        raise SystemExit("usage: container run SCRIPT [ARGUMENT ...]")
-    if not os.path.isfile(argv[0]):
-        raise SystemExit(f"no script at {argv[0]}")
-    sys.argv[:] = argv
-    runpy.run_path(argv[0], run_name="__main__")
+    if not argv or argv == ["-m"]:
+        raise SystemExit("usage: container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]")
+    before = os.environ.get("PYTHONPATH")
+    os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *([before] if before else [])])
+    name, command = argv[0], shutil.which(argv[0])
+    own_path = not getattr(sys.flags, "safe_path", False)  # python -P
+    if name == "-m":
+        sys.argv[:] = argv[1:]
+        if own_path:
+            sys.path[0] = os.getcwd()
+        if importlib.util.find_spec(argv[1].partition(".")[0]) is None:
+            raise SystemExit(f"container: no module {argv[1]}")
+        runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
+    elif os.path.isfile(name) and (name.endswith(".py") or command is None):
+        sys.argv[:] = argv
+        if own_path:
+            sys.path[0] = os.path.dirname(os.path.abspath(name))
+        runpy.run_path(name, run_name="__main__")
+    elif command is not None:
+        sys.stdout.flush()
+        os.execv(command, argv)
+    else:
+        raise SystemExit(f"container: no script and no command {name}")
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -131,7 +156,7 @@ def _parser() -> argparse.ArgumentParser:
     frozen.add_argument("--workers", type=int, metavar="N", help="processes that load; one for each core but one")
     frozen.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights, and of what chooses C")
     frozen.set_defaults(command=_probe)
-    commands.add_parser("run", help="a script of timm's, with the models", add_help=False)
+    commands.add_parser("run", help="a script, module or command, with the models", add_help=False)
 
     group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
     group.add_parser("list", help="the weights, and which of them are here").set_defaults(command=_list)

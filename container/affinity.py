@@ -11,8 +11,15 @@ import torch
 import torch.nn.functional as F
 from timm.layers import _assert, resample_abs_pos_embed_nhwc, trunc_normal_, use_fused_attn
 from torch import Tensor, nn
+from torch.utils.flop_counter import flop_registry
 
 __all__ = ["Affinity", "DepthwiseConv", "GlobalContext", "SelfAttention", "TokenMatrix"]
+
+
+# PyTorch's counter has no formula for what attention is on a CPU, and would count none of it.
+for _operator in ("_scaled_dot_product_flash_attention", "_scaled_dot_product_flash_attention_backward"):
+    _on_cpu = _operator.replace("attention", "attention_for_cpu")
+    flop_registry.setdefault(getattr(torch.ops.aten, _on_cpu), flop_registry[getattr(torch.ops.aten, _operator)])
 
 
 def _check_heads(dim: int, num_heads: int) -> int:

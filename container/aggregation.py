@@ -203,16 +203,15 @@ class Block(nn.Module):
         affinities that do not say how they may be rewritten, another module as aggregation, everything if there is a
         hook in the block. So do norms that are not affine, and a gate whose alpha is 0.
 
+        A block in training mode goes into evaluation mode first: timm's scripts rewrite a model before they do so.
+
         Source: algebra; the released code does none of it.
 
         Returns:
             The block itself.
-
-        Raises:
-            ValueError: It is in training mode, where its statistics are those of a batch.
         """
         if self.training:
-            raise ValueError("a model in training mode has no fixed statistics to fuse: call eval() first")
+            self.eval()
         if any(_is_hooked(module) for module in self.modules() if module is not self):
             return self
         if type(self.aggregation) is Aggregation:

@@ -90,6 +90,20 @@ def test_size_and_cost(name, params, gmacs):
     assert counter.get_total_flops() / 2e9 == pytest.approx(gmacs, rel=2e-4 if gmacs == 3.848 else 3e-3)
 
 
+@pytest.mark.parametrize("backward", [False, True])
+def test_attention_is_counted_on_a_cpu_too(backward):
+    """Its two products, and the five of its gradients: PyTorch's counter leaves them out."""
+    affinity = SelfAttention(32, 4)
+    x, v = torch.randn(1, 32, 8, 8), torch.randn(1, 32, 8, 8, requires_grad=True)
+    with FlopCounterMode(display=False) as counter:
+        y = affinity(x, v)
+        if backward:
+            y.sum().backward()
+    product, projection = 2 * 64 * 64 * 32, 2 * 64 * 32 * 64
+    # The projection's gradient is that of its weight alone: x wants none.
+    assert counter.get_total_flops() == (2 * product + projection) + backward * (5 * product + projection)
+
+
 @pytest.mark.parametrize("name, width", [("nano", 1 / 4), ("tiny", 9 / 16), ("base", 25 / 16)])
 def test_scaling_rule(name, width):
     model = timm.create_model(f"container_light_{name}", device="meta")

@@ -145,8 +145,16 @@ def test_training_mode_is_refused():
     for unfused in (timm.create_model("container_light_nano"), timm.create_model("container_light_nano").stages[0]):
         with pytest.raises(ValueError, match="call eval"):
             fuse(unfused)
-    with pytest.raises(ValueError, match="call eval"):
-        timm.models.reparameterize_model(timm.create_model("container_light_nano"))
+
+
+@torch.no_grad()
+def test_timm_rewrites_a_model_that_is_not_yet_in_evaluation_mode():
+    """As validate.py, benchmark.py and onnx_export.py do with --reparam; the model itself goes on training."""
+    unfused = randomize(timm.create_model("container_light_nano"))
+    fused = timm.models.reparameterize_model(unfused)
+    assert all(module.training for module in unfused.modules()) and not left(fused)
+    x = torch.randn(2, 3, 64, 64)
+    assert difference(fused.eval()(x), unfused.eval()(x)) < 1e-5
 
 
 def test_gradients_of_a_fused_model():

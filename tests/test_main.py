@@ -10,6 +10,7 @@ import sys
 import pytest
 import torch
 from conftest import ROOT
+from PIL import Image
 from test_weights import FREE, OURS, PACKAGED, RELEASED, STATE
 
 from container import weights, zoo
@@ -34,8 +35,77 @@ def test_script_runs_with_its_arguments_and_the_models(tmp_path, monkeypatch, ca
     result = run("run", "script.py", "--model", "x", cwd=tmp_path)
     assert result.stdout == "['--model', 'x'] True\n" and result.returncode == 0
     monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "path", sys.path.copy())
+    monkeypatch.setenv("PYTHONPATH", "")
     main([str(tmp_path / "script.py"), "--model", "y"])
     assert capsys.readouterr().out == "['--model', 'y'] True\n"
+
+
+CHILDREN = """
+import multiprocessing, subprocess, sys
+import beside  # as `python SCRIPT` finds it
+
+def known(name):
+    import timm
+    return timm.is_model(name)
+
+if __name__ == "__main__":
+    child = "from timm.models import is_model; print(is_model('container_light'))"
+    print(known("container_light"), multiprocessing.get_context("spawn").Pool(1).map(known, ["container_light"]))
+    print(subprocess.run([sys.executable, "-c", child], capture_output=True, text=True).stdout.strip())
+    lazy = "import sys, importlib.util as u; print(u.find_spec('timm') is not None, 'torch' in sys.modules)"
+    print(subprocess.run([sys.executable, "-c", lazy], capture_output=True, text=True).stdout.strip())
+"""
+
+
+@pytest.mark.parametrize("how", ["script", "module", "command"])
+def test_processes_that_are_started_know_the_models(how, tmp_path):
+    """By spawn and by hand; a process that does not import timm imports nothing."""
+    (tmp_path / "folder").mkdir()
+    script = tmp_path / "folder" / "script.py"
+    script.write_text(CHILDREN)
+    (tmp_path / "folder" / "beside.py").touch()
+    words = dict(script=["script.py"], module=["-m", "script"], command=[shutil.which("python"), "script.py"])[how]
+    result = run("run", *words, cwd=script.parent)
+    assert result.stdout == "True [True]\nTrue\nTrue False\n", result.stderr
+
+
+def test_a_sitecustomize_of_the_system_is_still_read(tmp_path):
+    (tmp_path / "sitecustomize.py").write_text("import sys\nsys.said = 'read'\n")
+    code = "import sys, sitecustomize, timm; print(sys.said, sitecustomize.__file__, timm.is_model('container_light'))"
+    result = subprocess.run(
+        [sys.executable, "-m", "container", "run", sys.executable, "-c", code],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(ROOT), str(tmp_path)])}, capture_output=True, text=True,
+    )  # fmt: skip
+    assert result.stdout == f"read {tmp_path / 'sitecustomize.py'} True\n", result.stderr
+
+
+LAUNCHED = "import timm; print(timm.create_model('container_light_nano').num_features)\n"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(
+    "words, processes",
+    [
+        ("torchrun --nproc_per_node 2", 2),
+        ("accelerate launch --cpu --num_processes 1 --num_machines 1 --mixed_precision no --dynamo_backend no", 1),
+    ],
+)
+def test_launchers_start_processes_that_know_the_models(words, processes, tmp_path):
+    (tmp_path / "script.py").write_text(LAUNCHED)
+    result = run("run", *words.split(), "script.py", cwd=tmp_path)
+    assert result.stdout.count("128") == processes and result.returncode == 0, result.stderr
+
+
+@pytest.mark.slow
+def test_commands_of_libraries_know_the_models(tmp_path):
+    """Self-supervised pretraining by lightly-train, from its command line."""
+    (tmp_path / "photos").mkdir()
+    for i in range(4):
+        Image.new("RGB", (48, 48), (60 * i, 0, 0)).save(tmp_path / "photos" / f"{i}.png")
+    settings = "out=out data=photos model=timm/container_light_nano method=dino epochs=1 batch_size=4 accelerator=cpu"
+    result = run("run", "lightly-train", "pretrain", *settings.split(), "num_workers=0", cwd=tmp_path)
+    assert (tmp_path / "out/exported_models/exported_last.pt").is_file(), result.stderr[-2000:]
 
 
 @pytest.mark.slow
@@ -49,9 +119,10 @@ def test_training_from_the_command(tmp_path):
     "arguments, message",
     [
         ([], "arguments are required: COMMAND"),
-        (["nothing.py"], "no script at nothing.py"),
-        (["run"], "usage: container run SCRIPT"),
-        (["run", "nothing"], "no script at nothing"),
+        (["nothing.py"], "no script and no command nothing.py"),
+        (["run"], "usage: container run SCRIPT | -m MODULE | COMMAND"),
+        (["run", "nothing"], "no script and no command nothing"),
+        (["run", "-m", "no.such.module"], "no module no.such.module"),
         (["lsit"], "invalid choice: 'lsit'"),
         (["weights", "show", "container_light"], "no weights 'container_light': `container weights list` names them"),
         (["weights", "verify", RELEASED], "no file of container_light.ai2_in1k in "),
