@@ -3,7 +3,8 @@
 python -m benchmarks.kernels container_light:amp+channels_last --work train --batch-size 128 --steps 20
 
 Entries are those of benchmarks.speed. On a GPU the rows are kernels as torch.profiler sees them; on a CPU they are
-PyTorch's operators. "busy" is the share of the step in which the device computes; in the rest it waits for the host.
+PyTorch's operators, and of an entry of OpenVINO its nodes, by its own counters. "busy" is the share of the step in which
+the device computes; in the rest it waits for the host.
 """
 
 import argparse
@@ -42,7 +43,10 @@ def main(argv: list[str] | None = None) -> None:
         work, _ = speed.prepare(entry, model, images, args.work == "train", args.backend)
         work()
         step = measure.spread(measure.interleave({"step": work}, 3, 0.2)["step"])[1]
-        found = measure.kernels(work, device, args.steps)
+        if isinstance(work, speed.OpenVino):
+            found = work.kernels(args.steps)
+        else:
+            found = measure.kernels(work, device, args.steps)
         busy = sum(seconds for _, seconds, _ in found) / args.steps
         kernels = [
             dict(name=name, ms=1e3 * seconds / args.steps, share=seconds / args.steps / busy, runs=runs / args.steps)

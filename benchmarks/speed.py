@@ -254,7 +254,7 @@ def prepare(
     elif "aot" in settings:
         run = _aot(model, images)
     elif "openvino" in settings:
-        run = _openvino(model, images, settings)
+        return OpenVino(model, images, settings), held
     elif "onnx" in settings:
         run = _onnx(model, images, "int8" in settings)
 
@@ -302,21 +302,54 @@ def _save_onnx(model: nn.Module, images: Tensor, file: str, in_int8: bool) -> No
         logging.disable(logging.NOTSET)
 
 
-def _openvino(model: nn.Module, images: Tensor, settings: set[str]) -> Callable[[Tensor], Tensor]:
-    import openvino
+class OpenVino:
+    """The answers of a model to the same images, by OpenVINO.
 
-    if images.device.type != "cpu":
-        raise ValueError("openvino is measured on the CPU")
-    with tempfile.TemporaryDirectory() as folder:
-        if "int8" in settings:
-            _save_onnx(model, images, f"{folder}/model.onnx", True)
-            converted = openvino.convert_model(f"{folder}/model.onnx")
-        else:
-            converted = openvino.convert_model(torch.export.export(model, (images,), strict=False))
-        options = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
-        hint = {"INFERENCE_PRECISION_HINT": "bf16" if "bf16" in settings else "f32"}
-        compiled = openvino.compile_model(converted, "CPU", options | hint)
-    return lambda images: torch.from_numpy(compiled(images.numpy())[0])
+    Args:
+        model: In float32 on the CPU.
+        images: (B, 3, S, S), likewise.
+        settings: `int8` and `bf16` count.
+
+    Raises:
+        ValueError: The images are not on the CPU.
+    """
+
+    def __init__(self, model: nn.Module, images: Tensor, settings: set[str]) -> None:
+        import openvino
+
+        if images.device.type != "cpu":
+            raise ValueError("openvino is measured on the CPU")
+        self.images = images.numpy()
+        with tempfile.TemporaryDirectory() as folder:
+            if "int8" in settings:
+                _save_onnx(model, images, f"{folder}/model.onnx", True)
+                self.model = openvino.convert_model(f"{folder}/model.onnx")
+            else:
+                self.model = openvino.convert_model(torch.export.export(model, (images,), strict=False))
+            self.options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
+            self.options["INFERENCE_PRECISION_HINT"] = "bf16" if "bf16" in settings else "f32"
+            self.compiled = openvino.compile_model(self.model, "CPU", self.options)
+
+    def __call__(self) -> Tensor:
+        """The answers."""
+        return torch.from_numpy(self.compiled(self.images)[0])
+
+    def kernels(self, calls: int) -> list[tuple[str, float, int]]:
+        """(node and its kernel, seconds, runs) in some calls, the longest first, by OpenVINO's counters."""
+        import openvino
+
+        profiled = openvino.compile_model(self.model, "CPU", {**self.options, "PERF_COUNT": True})
+        request = profiled.create_infer_request()
+        request.infer([self.images])
+        found: dict[str, tuple[float, int]] = {}
+        for _ in range(calls):
+            request.infer([self.images])
+            for node in request.profiling_info:
+                if seconds := node.real_time.total_seconds():
+                    name = f"{node.node_type}, {node.exec_type}"
+                    before, runs = found.get(name, (0.0, 0))
+                    found[name] = before + seconds, runs + 1
+        return sorted(((name, *figures) for name, figures in found.items()), key=lambda row: -row[1])
 
 
 def _onnx(model: nn.Module, images: Tensor, in_int8: bool) -> Callable[[Tensor], Tensor]:

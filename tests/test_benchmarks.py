@@ -471,6 +471,27 @@ def test_kernels_command(tmp_path):
     assert "container_light_nano:amp:" in done.stdout
 
 
+def test_kernels_of_openvino(tmp_path):
+    """Each node once a call: every block has two depthwise convolutions."""
+    words = [
+        "container_light_nano:fused+openvino",
+        "--img-size",
+        32,
+        "--batch-size",
+        2,
+        "--steps",
+        2,
+        "--work",
+        "infer",
+    ]
+    command("kernels", *words, "--device", "cpu", "--out", tmp_path)
+    (row,) = json.loads((tmp_path / "kernels.json").read_text())["rows"]
+    depthwise = [kernel for kernel in row["kernels"] if kernel["name"].startswith("GroupConvolution, ")]
+    blocks = sum(len(stage.blocks) for stage in timm.create_model("container_light_nano").stages)
+    assert sum(kernel["runs"] for kernel in depthwise) == 2 * blocks
+    assert sum(kernel["share"] for kernel in row["kernels"]) == pytest.approx(1)
+
+
 @pytest.fixture
 def images(tmp_path):
     gpu.make_images(tmp_path / "images")
@@ -743,6 +764,21 @@ def test_published_figures_are_the_measured_ones(work):
             plain = f"{median * 1e3:.2f}" if "graph" in row["entry"] else f"{median * 1e3:.1f}"
             figure = f"{256 / median:,.0f}" if work == "infer" else plain
             assert f"| {figure} |" in page or row["model"] == "released", row["entry"]
+
+
+def test_published_bounds_and_ratios_are_the_measured_ones():
+    """The last row of the table of bounds, and every ratio of the table of inference on CPUs."""
+    folder, page = ROOT / "docs/benchmarks", (ROOT / "docs/benchmarks.md").read_text()
+    for work in ("infer", "train"):
+        row = json.loads((folder / f"h100-bound-{work}.json").read_text())["rows"][0]
+        moved = sum(part["bytes"] for part in row["parts"].values())
+        assert f"| {moved / 2**20 / 128:.1f} | {row['sum_of_bounds'] * 1e6 / 128:.1f} |" in page
+    rows: dict[str, list[str]] = {}
+    for row in json.loads((folder / "cpu-infer.json").read_text())["rows"][1:]:
+        rows.setdefault(row["model"].partition("_patch4")[0], []).append(f"{np.median(row['faster']):.2f}")
+    lines = page.splitlines()
+    for model, ratios in rows.items():
+        assert any(line.startswith(f"| `{model}` |") and line.endswith(f"| {' | '.join(ratios)} |") for line in lines)
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="there is a GPU here")

@@ -85,6 +85,34 @@ def test_nuclei(nuclei, tmp_path):
         assert picture.size == (3 * 264 + 8, 2 * 264 + 8)
 
 
+@pytest.mark.parametrize("decoder", ["FPN", "UPerNet"])
+def test_segmentation(decoder, nuclei, tmp_path):
+    """Twenty-five steps are enough to tell bright squares from what is dark."""
+    pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    small = ["--epochs", 25, "--batch-size", 4, "--crop", 64, "--channels", 16, "--decoder", decoder, "--pretrained"]
+    masks = ["--masks", "instances", "--foreground"]
+    printed = run("segment.py", "--data-dir", nuclei, *masks, *small, cwd=tmp_path)
+    result = json.loads((tmp_path / "segmented" / "result.json").read_text())
+    assert f"mean IoU {result['miou']:.1f} %" in printed and result["miou"] == np.mean(result["by_class"]) > 60
+    with Image.open(tmp_path / "segmented" / "segmented.png") as picture:
+        assert picture.size == (3 * 264 + 8, 2 * 264 + 8)
+
+
+def test_masks_are_classes_and_what_does_not_fit_is_one_line(nuclei, monkeypatch):
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    from segment import Masks
+
+    image, target = Masks(nuclei / "val", "instances", 2, True)[0]
+    assert image.shape == (3, 64, 80) and target["mask"].unique(return_counts=True)[1].tolist() == [4040, 1080]
+    crop, cropped = Masks(nuclei / "val", "instances", 2, True, 96)[0]
+    assert crop.shape == (3, 96, 96) and (cropped["mask"] == 255).sum() == 96 * 96 - 64 * 80
+    with pytest.raises(SystemExit, match=r"instances/0.png has class 302, and --classes is 2"):
+        Masks(nuclei / "val", "instances", 2, False)[0]
+    with pytest.raises(SystemExit, match=r"3 images have no mask, the first .*masks/0.png"):
+        Masks(nuclei / "val", "masks", 2, False)
+
+
 def test_a_nucleus_is_a_mask_and_the_box_around_it(nuclei, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")

@@ -1,0 +1,188 @@
+#!/usr/bin/env python
+"""Trains FPN or UPerNet of segmentation-models-pytorch on a CONTAINER-LIGHT, or any timm backbone, to name each pixel.
+
+    python examples/segment.py --data-dir DIR --classes 21 [--decoder UPerNet] [--pretrained]
+    python examples/segment.py --data-dir dsb2018 --masks instances --foreground      # nuclei against background
+
+The folder has {train,val}/images/ID.SUFFIX and {train,val}/masks/ID.png, in which a pixel is the number of its class,
+and 255 counts for nothing. Training sees random crops, mirrored; the mean IoU is that of whole images held out.
+
+Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
+"""
+
+import argparse
+import json
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from detector import add_arguments, batches, train
+from PIL import Image
+from torch import nn
+from torch.nn import functional as F
+from torch.utils.data import Dataset
+from torchvision.transforms import v2
+from torchvision.tv_tensors import Image as Picture
+from torchvision.tv_tensors import Mask
+from torchvision.utils import draw_segmentation_masks, make_grid, save_image
+
+from container.images import open_rgb
+
+try:
+    import segmentation_models_pytorch as smp
+    from torchmetrics.classification import MulticlassJaccardIndex
+except ImportError as error:
+    raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
+
+IGNORED = 255
+MULTIPLE = 32  # of the sides, which its decoders want
+
+
+class Masks(Dataset):
+    """Images and the class of each of their pixels.
+
+    Args:
+        folder: With `images`, and a folder of masks of the same names.
+        masks: That folder's name.
+        classes: How many there are.
+        foreground: Whether every number but 0 is class 1.
+        crop: Side of a random crop, which is mirrored too; 0 for the whole image.
+    """
+
+    def __init__(self, folder: Path, masks: str, classes: int, foreground: bool, crop: int = 0) -> None:
+        self.paths = sorted(path for path in (folder / "images").glob("*") if path.is_file())
+        if not self.paths:
+            raise SystemExit(f"no images in {folder / 'images'}")
+        self.masks = folder / masks
+        missing = [path.stem for path in self.paths if not (self.masks / f"{path.stem}.png").is_file()]
+        if missing:
+            raise SystemExit(f"{len(missing)} images have no mask, the first {self.masks / missing[0]}.png")
+        self.classes, self.foreground = classes, foreground
+        turns = [v2.RandomCrop(crop, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED}), v2.RandomHorizontalFlip()]
+        self.transform = v2.Compose(turns) if crop else None
+
+    def __len__(self) -> int:
+        return len(self.paths)
+
+    def __getitem__(self, index: int) -> tuple[torch.Tensor, dict[str, torch.Tensor]]:
+        path = self.paths[index]
+        with path.open("rb") as file:
+            image = Picture(v2.functional.pil_to_tensor(open_rgb(file)))
+        with Image.open(self.masks / f"{path.stem}.png") as picture:
+            numbers = torch.from_numpy(np.asarray(picture, dtype=np.int64))
+        if self.foreground:
+            numbers = (numbers > 0).long()
+        if numbers.shape != image.shape[1:]:
+            raise SystemExit(f"{path} is {tuple(image.shape[1:])}, and its mask {tuple(numbers.shape)}")
+        highest = numbers[numbers != IGNORED].max().item() if (numbers != IGNORED).any() else 0
+        if highest >= self.classes:
+            raise SystemExit(f"{self.masks / path.stem}.png has class {highest:.0f}, and --classes is {self.classes}")
+        mask = Mask(numbers)
+        if self.transform is not None:
+            image, mask = self.transform(image, mask)
+        return image.as_subclass(torch.Tensor).float() / 255, dict(mask=mask.as_subclass(torch.Tensor))
+
+
+class Segmenter(nn.Module):
+    """A network of segmentation-models-pytorch that takes lists as torchvision's detectors do.
+
+    Args:
+        decoder: `FPN` or `UPerNet`.
+        backbone: A timm model, with the tag of its weights or without.
+        pretrained: Whether to load these.
+        classes: How many.
+        channels: Of the decoder.
+    """
+
+    def __init__(self, decoder: str, backbone: str, pretrained: bool, classes: int, channels: int) -> None:
+        super().__init__()
+        widths = dict(
+            FPN=dict(decoder_pyramid_channels=channels, decoder_segmentation_channels=channels),
+            UPerNet=dict(decoder_channels=channels),
+        )
+        weights = "timm" if pretrained else None  # any text asks timm for its own
+        options = dict(widths[decoder], encoder_weights=weights, classes=classes)
+        self.network = getattr(smp, decoder)(f"tu-{backbone}", **options)
+        config = self.network.encoder.model.pretrained_cfg
+        self.normalize = v2.Normalize(config["mean"], config["std"])
+
+    def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
+        """The loss of crops in training, else the classes of each image's pixels."""
+        if targets is not None:
+            logits = self.network(self.normalize(torch.stack(images)))
+            mask = torch.stack([target["mask"] for target in targets])
+            return dict(loss=F.cross_entropy(logits.float(), mask, ignore_index=IGNORED))
+        return [self._classes(image) for image in images]
+
+    def _classes(self, image: torch.Tensor) -> torch.Tensor:
+        height, width = image.shape[1:]
+        padded = F.pad(self.normalize(image)[None], (0, -width % MULTIPLE, 0, -height % MULTIPLE))
+        return self.network(padded)[0, :, :height, :width].argmax(0)
+
+
+def parse_args() -> argparse.Namespace:
+    """Reads the command line."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--data-dir", required=True, help="folder with train and val")
+    parser.add_argument("--masks", default="masks", help="name of the folders of masks")
+    parser.add_argument("--classes", type=int, default=2)
+    parser.add_argument("--foreground", action="store_true", help="all numbers but 0 are one class")
+    parser.add_argument("--decoder", choices=("FPN", "UPerNet"), default="FPN")
+    parser.add_argument("--output", default="segmented", help="folder for the result and the picture")
+    parser.add_argument("--crop", type=int, default=192, help="side of what is trained on, in pixels")
+    add_arguments(parser, epochs=10)
+    parser.set_defaults(batch_size=16)
+    return parser.parse_args()
+
+
+@torch.inference_mode()
+def evaluate(model: Segmenter, images: Masks, device: str) -> list[float]:
+    """The intersection over union of every class over all pixels, in percent; not a number if there is none of it."""
+    model.eval()
+    metric = MulticlassJaccardIndex(images.classes, average="none", ignore_index=IGNORED)
+    for i in range(len(images)):
+        image, target = images[i]
+        metric.update(model([image.to(device)])[0].cpu()[None], target["mask"][None])
+    return [100 * value for value in metric.compute().tolist()]
+
+
+@torch.inference_mode()
+def draw(model: Segmenter, images: Masks, device: str, path: Path, count: int = 3) -> None:
+    """A row of images with their true classes, and below it one with those found."""
+    model.eval()
+    rows: list[list[torch.Tensor]] = [[], []]
+    for image, target in (images[i * len(images) // count] for i in range(count)):
+        (found,) = model([image.to(device)])
+        for row, numbers in zip(rows, (target["mask"], found.cpu()), strict=True):
+            masks = torch.stack([numbers == k for k in range(1, images.classes)])
+            row.append(v2.functional.center_crop(draw_segmentation_masks(image, masks, alpha=0.6), [256, 256]))
+    save_image(make_grid(rows[0] + rows[1], nrow=count, padding=8, pad_value=1.0), path)
+
+
+def main() -> None:
+    """Trains, measures on the images held out, draws."""
+    args = parse_args()
+    torch.manual_seed(args.seed)
+    if args.crop % MULTIPLE:
+        raise SystemExit(f"--crop {args.crop} is no multiple of {MULTIPLE}")
+    folder, options = Path(args.data_dir), (args.masks, args.classes, args.foreground)
+    learned, held_out = Masks(folder / "train", *options, args.crop), Masks(folder / "val", *options)
+    model = Segmenter(args.decoder, args.backbone, args.pretrained, args.classes, args.channels).to(args.device)
+    train(model, batches(learned, args.batch_size, True), args.epochs, args.lr, args.device, args.amp)
+    by_class = evaluate(model, held_out, args.device)
+    miou = float(np.nanmean(by_class))
+    output = Path(args.output)
+    output.mkdir(parents=True, exist_ok=True)
+    result = dict(miou=miou, by_class=by_class, args=vars(args))
+    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
+    torch.save(model.network.state_dict(), output / "model.pth")
+    draw(model, held_out, args.device, output / "segmented.png", min(3, len(held_out)))
+    print(
+        f"mean IoU {miou:.1f} %, by class {', '.join(f'{v:.1f}' for v in by_class)}, on {len(held_out)} images held out"
+    )
+    print(f"true classes above, found ones below: {output / 'segmented.png'}")
+
+
+if __name__ == "__main__":
+    main()
