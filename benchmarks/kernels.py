@@ -3,8 +3,8 @@
 python -m benchmarks.kernels container_light:amp+channels_last --work train --batch-size 128 --steps 20
 
 Entries are those of benchmarks.speed. On a GPU the rows are kernels as torch.profiler sees them; on a CPU they are
-PyTorch's operators, and of an entry of OpenVINO its nodes, by its own counters. "busy" is the share of the step in which
-the device computes; in the rest it waits for the host.
+PyTorch's operators, and of an entry of OpenVINO its nodes, by its own counters. "busy" is the share of the step in
+which the device computes; in the rest it waits for the host.
 """
 
 import argparse

@@ -36,7 +36,7 @@ except ImportError as error:
     raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
 
 IGNORED = 255
-MULTIPLE = 32  # of the sides, which its decoders want
+MULTIPLE = 32  # of sides, which its decoders want
 
 
 class Masks(Dataset):
@@ -164,8 +164,9 @@ def main() -> None:
     """Trains, measures on the images held out, draws."""
     args = parse_args()
     torch.manual_seed(args.seed)
-    if args.crop % MULTIPLE:
-        raise SystemExit(f"--crop {args.crop} is no multiple of {MULTIPLE}")
+    for name, number in dict(crop=args.crop, channels=args.channels).items():  # FPN norms 32 groups of channels
+        if number % MULTIPLE:
+            raise SystemExit(f"--{name} {number} is no multiple of {MULTIPLE}")
     folder, options = Path(args.data_dir), (args.masks, args.classes, args.foreground)
     learned, held_out = Masks(folder / "train", *options, args.crop), Masks(folder / "val", *options)
     model = Segmenter(args.decoder, args.backbone, args.pretrained, args.classes, args.channels).to(args.device)

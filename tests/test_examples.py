@@ -89,7 +89,7 @@ def test_nuclei(nuclei, tmp_path):
 def test_segmentation(decoder, nuclei, tmp_path):
     """Twenty-five steps are enough to tell bright squares from what is dark."""
     pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
-    small = ["--epochs", 25, "--batch-size", 4, "--crop", 64, "--channels", 16, "--decoder", decoder, "--pretrained"]
+    small = ["--epochs", 25, "--batch-size", 4, "--crop", 64, "--channels", 32, "--decoder", decoder, "--pretrained"]
     masks = ["--masks", "instances", "--foreground"]
     printed = run("segment.py", "--data-dir", nuclei, *masks, *small, cwd=tmp_path)
     result = json.loads((tmp_path / "segmented" / "result.json").read_text())
