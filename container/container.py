@@ -599,6 +599,9 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         **kwargs,
     )
     model.pretrained_cfg.pop("state_dict", None)  # type: ignore # or the model would hold its weights twice
+    if pretrained:
+        for tensor in (*model.parameters(), *model.buffers()):
+            tensor._is_hf_initialized = True  # type: ignore # else transformers' from_pretrained resets batch norms
     return model
 
 

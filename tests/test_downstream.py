@@ -34,14 +34,74 @@ def test_auto_backbone(transformers, name):
     sum(m.mean() for m in maps).backward()
 
 
-def test_detr_with_weights(transformers):
-    """The way of docs/downstream.md; what transformers does by itself resets the batch norms."""
-    backbone = transformers.TimmBackboneConfig(backbone=OURS, out_indices=[3])
-    detr = transformers.DetrForObjectDetection(transformers.DetrConfig(backbone_config=backbone, **SMALL))
-    expected = timm.create_model(OURS, pretrained=True, features_only=True).eval()
-    detr.model.backbone.model.load_state_dict(expected.state_dict())
-    x = torch.rand(1, 3, 32, 32)
-    torch.testing.assert_close(detr.eval().model.backbone.model(x)[-1], expected(x)[-1], atol=1e-4, rtol=1e-4)
+@torch.no_grad()
+def test_a_backbone_keeps_its_batch_norms(transformers):
+    """Which transformers resets in any network that does not say it has been initialized."""
+    found = transformers.TimmBackbone.from_pretrained(OURS, out_indices=[0, 1, 2, 3]).eval()
+    expected, x = timm.create_model(OURS, pretrained=True, features_only=True).eval(), torch.rand(1, 3, 32, 32)
+    for a, b in zip(found(x).feature_maps, expected(x)):
+        assert torch.equal(a, b)
+
+
+HEADS = dict(d_model=32, encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_attention_heads=2, decoder_attention_heads=2)
+REAL_TIME = dict(
+    d_model=32, encoder_hidden_dim=32, encoder_in_channels=[32, 80, 128], decoder_in_channels=[32, 32, 32],
+    encoder_ffn_dim=32, decoder_ffn_dim=32, encoder_layers=1, decoder_layers=2, num_queries=10, num_denoising=0,
+    encoder_attention_heads=2, decoder_attention_heads=2,
+)  # fmt: skip
+MASKED = dict(mask_feature_size=32, fpn_feature_size=32)
+# The library's name, the levels it reads, and a small configuration; docs/downstream.md has the same rows.
+CLIENTS = {
+    "Detr": ([3], dict(num_queries=5, encoder_layers=1, decoder_layers=1, **HEADS)),
+    "ConditionalDetr": ([3], dict(num_queries=5, encoder_layers=1, decoder_layers=2, **HEADS)),
+    "TableTransformer": ([3], dict(num_queries=5, encoder_layers=1, decoder_layers=1, **HEADS)),
+    "DeformableDetr": ([1, 2, 3], dict(num_queries=5, encoder_layers=1, decoder_layers=2, **HEADS)),
+    "RTDetr": ([1, 2, 3], REAL_TIME),
+    "RTDetrV2": ([1, 2, 3], REAL_TIME),
+    "DFine": ([1, 2, 3], REAL_TIME),
+    "MaskFormer": ([0, 1, 2, 3], MASKED),
+    "Mask2Former": ([0, 1, 2, 3], dict(hidden_dim=32, feature_size=32, mask_feature_size=32, num_attention_heads=2)),
+    "UperNet": ([0, 1, 2, 3], dict(hidden_size=32, use_auxiliary_head=False)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+@pytest.mark.parametrize("name", CLIENTS)
+def test_detectors_and_segmenters(transformers, name, tmp_path):
+    """A loss, gradients in the whole backbone, weights by the line of docs/downstream.md, and a reload bit for bit."""
+    levels, options = CLIENTS[name]
+    backbone = transformers.TimmBackboneConfig(backbone="container_light_nano", out_indices=levels)
+    kind = "ForObjectDetection"
+    if "Former" in name:
+        kind = "ForInstanceSegmentation" if name == "MaskFormer" else "ForUniversalSegmentation"
+        kind = "ForObjectDetection" if name == "TableTransformer" else kind
+    elif name == "UperNet":
+        kind = "ForSemanticSegmentation"
+    config = getattr(transformers, f"{name}Config")(backbone_config=backbone, num_labels=3, **options)
+    model = getattr(transformers, f"{name}{kind}")(config)
+    weights = timm.create_model("container_light_nano", pretrained=True, features_only=True, out_indices=levels)
+    network = next(m for m in model.modules() if isinstance(m, timm.models.FeatureListNet))
+    network.load_state_dict(weights.state_dict())
+    x = torch.rand(2, 3, 128, 160)
+    for a, b in zip(network.eval()(x), weights.eval()(x)):
+        torch.testing.assert_close(a, b, atol=1e-4, rtol=1e-4)
+    if kind == "ForObjectDetection":
+        targets = dict(labels=[dict(class_labels=torch.tensor([1]), boxes=torch.tensor([[0.5, 0.5, 0.2, 0.2]]))] * 2)
+    elif kind == "ForSemanticSegmentation":
+        targets = dict(labels=torch.randint(0, 3, (2, 128, 160)))
+    else:
+        masks = torch.zeros(1, 128, 160)
+        masks[:, 32:64, 32:64] = 1
+        targets = dict(mask_labels=[masks] * 2, class_labels=[torch.tensor([1])] * 2)
+    model.train()(pixel_values=x, **targets).loss.sum().backward()
+    assert all(p.grad is not None for p in network.parameters() if p.requires_grad)
+    assert sum(p.requires_grad for p in network.parameters()) > 100
+    model.eval().save_pretrained(tmp_path)
+    again = type(model).from_pretrained(tmp_path).eval()
+    found, expected = (m(pixel_values=x) for m in (again, model))
+    key = next(k for k in ("logits", "class_queries_logits") if k in expected)
+    assert torch.equal(found[key], expected[key])
 
 
 @pytest.mark.parametrize("name", NAMES)
