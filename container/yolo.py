@@ -147,7 +147,8 @@ def config(name: str, pretrained: bool = False) -> str:
     Args:
         name: FAMILY-context.yaml (a `ContextAggregation` before each map that the last row reads) or FAMILY-MODEL.yaml
             (a model of timm's as the backbone). FAMILY is a file of Ultralytics' with the letter of its scale, as in
-            `yolov8n-context.yaml`, `yolo11s-container_light.yaml`, `yolo11n-seg-resnet18.yaml`.
+            `yolov8n-context.yaml`, `yolo11s-container_light.yaml`, `yolo11n-seg-resnet18.yaml`. A classifier,
+            as in `yolo11n-cls-container_light.yaml`, reads the model's last map, whatever its stride.
         pretrained: Start from the model's pretrained weights.
 
     Raises:
@@ -167,9 +168,12 @@ def config(name: str, pretrained: bool = False) -> str:
     d = YAML.load(file)
     rows, head, strides = d["backbone"], d["head"], []
     sources, *last = head[-1]
-    if not isinstance(sources, list):
+    if last[1] == "Classify" and model != "context":
+        deepest = len(features(model, device="meta").feature_info.reduction()) - 1
+        d["backbone"] = [[-1, 1, "ContainerBackbone", [model, pretrained]], [0, 1, "ContainerLevel", [deepest]]]
+    elif not isinstance(sources, list):
         raise ValueError(f"{file.name} ends in {last[1]}, which reads no list of maps")
-    if model == "context":
+    elif model == "context":
         end = len(rows + head) - 1
         context = [[i % end, 1, "ContextAggregation", [2]] for i in sources]
         head[-1:] = [*context, [list(range(end, end + len(sources))), *last]]

@@ -5,7 +5,9 @@ import pytest
 import timm
 import torch
 
+import container
 from container import zoo
+from container.fuse import fuse
 
 OURS = "container_light_nano_32.cifar10"
 SMALL = dict(
@@ -156,3 +158,45 @@ def test_segmentation_by_onnx(tmp_path):
     session = onnxruntime.InferenceSession(tmp_path / "model.onnx")
     masks = session.run(None, {session.get_inputs()[0].name: x.numpy()})[0]
     torch.testing.assert_close(torch.from_numpy(masks), model(x), atol=1e-4, rtol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_low_rank_adapters(tmp_path):
+    """An adapter holds no running statistics: with the norms among the modules saved, a reload is the same."""
+    peft = pytest.importorskip("peft", reason="peft is not installed")
+    config = peft.LoraConfig(
+        target_modules=["value", "proj", "qk", "fc1", "fc2"],
+        modules_to_save=["head.fc", "norm", "norm1", "norm2"],
+    )
+    model = peft.get_peft_model(timm.create_model("container_light_nano", pretrained=True), config).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    x, y = torch.rand(4, 3, 64, 64), torch.tensor([0, 1, 2, 3])
+    for _ in range(2):
+        torch.nn.functional.cross_entropy(model(x), y).backward()
+        optimizer.step()
+    model.save_pretrained(tmp_path)
+    base = timm.create_model("container_light_nano", pretrained=True)
+    again = peft.PeftModel.from_pretrained(base, tmp_path).eval()
+    logits = model.eval()(x)
+    torch.testing.assert_close(again(x), logits, rtol=0, atol=0)
+    torch.testing.assert_close(again.merge_and_unload()(x), logits, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_pruning():
+    """Half of the channels; attention is left, as `qk` is one convolution for two maps."""
+    pruning = pytest.importorskip("torch_pruning", reason="torch-pruning is not installed")
+    model = timm.create_model("container_light_nano", pretrained=True).eval()
+    x = torch.rand(2, 3, 64, 64)
+    ignored = [m for m in model.modules() if isinstance(m, container.SelfAttention)] + [model.head.fc]
+    importance = pruning.importance.MagnitudeImportance()
+    before = sum(p.numel() for p in model.parameters())
+    pruning.pruner.MagnitudePruner(model, x, importance, pruning_ratio=0.5, ignored_layers=ignored).step()
+    assert sum(p.numel() for p in model.parameters()) < 0.6 * before
+    logits = model.train()(x)
+    logits.mean().backward()
+    assert logits.shape == (2, 1000) and all(p.grad is not None for p in model.parameters())
+    unfused = model.eval()(x)
+    torch.testing.assert_close(fuse(model)(x), unfused, rtol=1e-4, atol=1e-4)
