@@ -157,7 +157,7 @@ def test_files_of_one_batch_see_all_photos(batch, colours, tmp_path):
         (["m.onnx", "--format", "onnx", "--calibrate", "."], "--int8 and --calibrate DIR go together"),
         (["m.onnx", "--format", "onnx", "--int8", "--calibrate", "none"], "no folder none"),
         (["m.onnx", "--format", "onnx", "--int8", "--calibrate", "."], "no images in ."),
-        (["m.pt2", "--format", "pt2", "--int8", "--calibrate", "."], "pt2 has no int8: onnx and openvino do"),
+        (["m.pt2", "--format", "pt2", "--int8", "--calibrate", "."], "pt2 has no int8 here: onnx and openvino do"),
         (
             ["m.onnx", "--format", "onnx", "--int8", "--calibrate", ".", "--features-only"],
             "int8 is chosen by the classes that photos are given, and maps have none",
