@@ -152,11 +152,13 @@ def draw(model: Segmenter, images: Masks, device: str, path: Path, count: int = 
     """A row of images with their true classes, and below it one with those found."""
     model.eval()
     rows: list[list[torch.Tensor]] = [[], []]
+    colors = [f"hsl({360 * k // (images.classes - 1)}, 100%, 50%)" for k in range(images.classes - 1)]
     for image, target in (images[i * len(images) // count] for i in range(count)):
         (found,) = model([image.to(device)])
         for row, numbers in zip(rows, (target["mask"], found.cpu()), strict=True):
             masks = torch.stack([numbers == k for k in range(1, images.classes)])
-            row.append(v2.functional.center_crop(draw_segmentation_masks(image, masks, alpha=0.6), [256, 256]))
+            drawn = draw_segmentation_masks(image, masks, alpha=0.5, colors=colors)
+            row.append(v2.functional.center_crop(drawn, [256, 256]))
     save_image(make_grid(rows[0] + rows[1], nrow=count, padding=8, pad_value=1.0), path)
 
 
