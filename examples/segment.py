@@ -169,6 +169,8 @@ def main() -> None:
     for name, number in dict(crop=args.crop, channels=args.channels).items():  # FPN norms 32 groups of channels
         if number % MULTIPLE:
             raise SystemExit(f"--{name} {number} is no multiple of {MULTIPLE}")
+    if args.classes < 2:
+        raise SystemExit(f"--classes {args.classes}: there are two at least, and 0 is one of them")
     folder, options = Path(args.data_dir), (args.masks, args.classes, args.foreground)
     learned, held_out = Masks(folder / "train", *options, args.crop), Masks(folder / "val", *options)
     model = Segmenter(args.decoder, args.backbone, args.pretrained, args.classes, args.channels).to(args.device)

@@ -101,7 +101,15 @@ def test_segmentation(decoder, nuclei, tmp_path):
 def test_masks_are_classes_and_what_does_not_fit_is_one_line(nuclei, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
-    from segment import Masks
+    from segment import Masks, main
+
+    for words, message in (
+        (["--classes", "1"], "--classes 1: there are two at least"),
+        (["--channels", "16"], "--channels 16 is no multiple of 32"),
+    ):
+        monkeypatch.setattr(sys, "argv", ["segment.py", "--data-dir", str(nuclei), *words])
+        with pytest.raises(SystemExit, match=message):
+            main()
 
     image, target = Masks(nuclei / "val", "instances", 2, True)[0]
     assert image.shape == (3, 64, 80) and target["mask"].unique(return_counts=True)[1].tolist() == [4040, 1080]
