@@ -15,7 +15,7 @@ Shapes are written with these letters throughout:
 """
 
 from . import weights  # verifies what `pretrained=True` loads
-from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from .affinity import Affinity, DepthwiseConv, DoubleAttention, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 from .container import Container
 
@@ -28,6 +28,7 @@ __all__ = [
     "Container",
     "ConvexGate",
     "DepthwiseConv",
+    "DoubleAttention",
     "FreeGate",
     "GlobalContext",
     "SelfAttention",

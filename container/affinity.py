@@ -13,7 +13,7 @@ from timm.layers import _assert, resample_abs_pos_embed_nhwc, trunc_normal_, use
 from torch import Tensor, nn
 from torch.utils.flop_counter import flop_registry
 
-__all__ = ["Affinity", "DepthwiseConv", "GlobalContext", "SelfAttention", "TokenMatrix"]
+__all__ = ["Affinity", "DepthwiseConv", "DoubleAttention", "GlobalContext", "SelfAttention", "TokenMatrix"]
 
 
 # PyTorch's counter has no formula for what attention is on a CPU, and would count none of it.
@@ -378,14 +378,71 @@ class GlobalContext(Affinity):
         k = self.key(x).flatten(2).softmax(dim=-1)  # (B, 1, N)
         return (v.flatten(2) @ k.transpose(1, 2)).unsqueeze(-1)
 
+    def distribute(self, x: Tensor, context: Tensor) -> Tensor:
+        """sigmoid(a_i) times the summary (B, C', 1, 1): a map (B, C', H, W)."""
+        return self.query(x).sigmoid() * context
+
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
         """A(x) v for the maps x and v, both (B, C, H, W)."""
-        return self.query(x).sigmoid() * self.context(x, v)
+        return self.distribute(x, self.context(x, v))
 
     def matrix(self, x: Tensor) -> Tensor:
         """A(x), (B, 1, N, N), for a map x (B, C, H, W)."""
         a, k = self.query(x).flatten(2), self.key(x).flatten(2)  # (B, 1, N)
         return torch.einsum("bmi,bmj->bmij", torch.sigmoid(a), torch.softmax(k, dim=-1))
+
+    @torch.jit.ignore
+    def readers(self) -> Optional[Tuple[nn.Module, ...]]:
+        """The two projections."""
+        return self.query, self.key
+
+
+class DoubleAttention(Affinity):
+    """Dynamic affinity of rank r: the image is gathered into r summaries, and each token reads its own mixture of them.
+
+    A(x)_ij = sum_r softmax(q_i)_r softmax(k_r)_j, with q and k two 1x1 projections of x to r channels. The first
+    softmax is over the r summaries, the second over the N tokens, so rows sum to one.
+
+    Source: not in the paper; Chen et al., "A^2-Nets: Double Attention Networks" (arXiv 1810.11579), equation 5, written
+    from its formula.
+    Cost: O(N C r), linear in the number of tokens.
+
+    Args:
+        dim: Channels C.
+        rank: Summaries r.
+
+    Raises:
+        ValueError: `rank` is below 1.
+    """
+
+    def __init__(
+        self, dim: int, rank: int, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None
+    ) -> None:
+        super().__init__()
+        if rank < 1:
+            raise ValueError(f"rank {rank} is not at least 1")
+        self.num_heads = 1
+        self.query = nn.Conv2d(dim, rank, 1, device=device, dtype=dtype)
+        self.key = nn.Conv2d(dim, rank, 1, device=device, dtype=dtype)
+
+    def context(self, x: Tensor, v: Tensor) -> Tensor:
+        """sum_j softmax(k_r)_j v_j, (B, C', r, 1), for the maps x (B, C, H, W) and v (B, C', H, W)."""
+        k = self.key(x).flatten(2).softmax(dim=-1)  # (B, r, N)
+        return (v.flatten(2) @ k.transpose(1, 2)).unsqueeze(-1)
+
+    def distribute(self, x: Tensor, context: Tensor) -> Tensor:
+        """sum_r softmax(q_i)_r times summary r, for summaries (B, C', r, 1): a map (B, C', H, W)."""
+        q = self.query(x).softmax(dim=1)  # (B, r, H, W)
+        return (context.squeeze(-1) @ q.flatten(2)).unflatten(2, q.shape[-2:])
+
+    def forward(self, x: Tensor, v: Tensor) -> Tensor:
+        """A(x) v for the maps x and v, both (B, C, H, W)."""
+        return self.distribute(x, self.context(x, v))
+
+    def matrix(self, x: Tensor) -> Tensor:
+        """A(x), (B, 1, N, N), for a map x (B, C, H, W)."""
+        q, k = self.query(x).flatten(2), self.key(x).flatten(2)  # (B, r, N)
+        return torch.einsum("bri,brj->bij", torch.softmax(q, dim=1), torch.softmax(k, dim=2))[:, None]
 
     @torch.jit.ignore
     def readers(self) -> Optional[Tuple[nn.Module, ...]]:

@@ -35,7 +35,7 @@ from timm.models._features import feature_take_indices
 from timm.models._input import update_model_input_size
 from torch import Tensor, nn
 
-from .affinity import Affinity, DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from .affinity import Affinity, DepthwiseConv, DoubleAttention, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 
 __all__ = ["Container"]
@@ -44,7 +44,7 @@ T = TypeVar("T")
 PerStage = Union[T, Sequence[T]]
 
 # Never None for "none": timm.create_model drops arguments that are None.
-_AFFINITIES = {"dynamic": ("none", "attention", "context"), "static": ("none", "conv", "matrix")}
+_AFFINITIES = {"dynamic": ("none", "attention", "context", "double"), "static": ("none", "conv", "matrix")}
 _GATES: Dict[str, Optional[Type[nn.Module]]] = {"convex": ConvexGate, "free": FreeGate, "sum": None}
 
 
@@ -149,6 +149,8 @@ def _create_affinity(
         return SelfAttention(dim, num_heads, attn_drop=attn_drop, **dd)
     if name == "context":
         return GlobalContext(dim, **dd)
+    if name == "double":
+        return DoubleAttention(dim, max(1, dim // 4), **dd)  # the rank of A^2-Nets
     if name == "conv":
         return DepthwiseConv(dim, dilation=dilation, **dd)
     return TokenMatrix(dim, num_heads, grid, rank or None, **dd)
@@ -176,7 +178,7 @@ class Container(nn.Module):
         embed_dims: Channels per stage.
         patch_sizes: Downsampling per stage, the first by the stem.
         mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
-        dynamic: 'attention', 'context' or 'none', per stage.
+        dynamic: 'attention', 'context', 'double' or 'none', per stage.
         static: 'conv' (5x5), 'matrix' or 'none', per stage.
         gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or
             'sum' for alpha = beta = 1.

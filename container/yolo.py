@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from .affinity import GlobalContext
+from .affinity import DoubleAttention, GlobalContext
 from .detection import features, maps
 
 __all__ = ["ContainerBackbone", "ContextAggregation", "config", "register"]
@@ -32,11 +32,11 @@ class _Row(nn.Module):
 
 
 class ContextAggregation(_Row):
-    """Adds to every position what it wants of one summary of the whole map.
+    """Adds to every position what it wants of one summary of the whole map, or of several.
 
     y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 map, k the softmax over all positions of another, v
     and m 1x1 projections. m starts at zero, so the layer begins as the identity. It is `GlobalContext`, the affinity
-    of rank one, with m applied to the summary, where it costs next to nothing.
+    of rank one, with m applied to the summary, where it costs next to nothing; of a higher rank `DoubleAttention`.
 
     (B, C, H, W) -> (B, C, H, W), any H and W, in training also for a batch of one: there is no norm in it.
 
@@ -47,16 +47,17 @@ class ContextAggregation(_Row):
     Args:
         in_channels: Channels C.
         reduction: v has C / reduction channels, rounded down.
+        rank: Summaries of the map.
 
     Raises:
-        ValueError: `reduction` is not between 1 and `in_channels`.
+        ValueError: `reduction` is not between 1 and `in_channels`, or `rank` is below 1.
     """
 
-    def __init__(self, in_channels: int, reduction: int = 1) -> None:
+    def __init__(self, in_channels: int, reduction: int = 1, rank: int = 1) -> None:
         super().__init__()
         if not 1 <= reduction <= in_channels:
             raise ValueError(f"reduction {reduction} is not in 1 to {in_channels}, the channels")
-        self.affinity = GlobalContext(in_channels)
+        self.affinity = GlobalContext(in_channels) if rank == 1 else DoubleAttention(in_channels, rank)
         self.v = nn.Conv2d(in_channels, in_channels // reduction, 1)
         self.m = nn.Conv2d(in_channels // reduction, in_channels, 1)
         nn.init.zeros_(self.m.weight)
@@ -64,7 +65,7 @@ class ContextAggregation(_Row):
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> (B, C, H, W)."""
-        return x + self.affinity.query(x).sigmoid() * self.m(self.affinity.context(x, self.v(x)))
+        return x + self.affinity.distribute(x, self.m(self.affinity.context(x, self.v(x))))
 
 
 class ContainerBackbone(_Row):
@@ -92,8 +93,10 @@ class _ContextRow(ContextAggregation):
 
     __qualname__ = "ContextAggregation"  # what Ultralytics prints
 
-    def __new__(cls, channels: list[int], source: int, reduction: int = 1) -> ContextAggregation:  # type: ignore[misc]
-        return ContextAggregation(channels[source], reduction)
+    def __new__(  # type: ignore[misc]
+        cls, channels: list[int], source: int, reduction: int = 1, rank: int = 1
+    ) -> ContextAggregation:
+        return ContextAggregation(channels[source], reduction, rank)
 
 
 def register(_: Any = None) -> None:
@@ -145,10 +148,11 @@ def config(name: str, pretrained: bool = False) -> str:
     """The path of a YAML file for `ultralytics.YOLO`, made of one that Ultralytics has; it goes when the process ends.
 
     Args:
-        name: FAMILY-context.yaml (a `ContextAggregation` before each map that the last row reads) or FAMILY-MODEL.yaml
-            (a model of timm's as the backbone). FAMILY is a file of Ultralytics' with the letter of its scale, as in
-            `yolov8n-context.yaml`, `yolo11s-container_light.yaml`, `yolo11n-seg-resnet18.yaml`. A classifier,
-            as in `yolo11n-cls-container_light.yaml`, reads the model's last map, whatever its stride.
+        name: FAMILY-context.yaml (a `ContextAggregation` before each map that the last row reads; of rank R by
+            FAMILY-contextR.yaml) or FAMILY-MODEL.yaml (a model of timm's as the backbone). FAMILY is a file of
+            Ultralytics' with the letter of its scale, as in `yolov8n-context.yaml`, `yolo11s-container_light.yaml`,
+            `yolo11n-seg-resnet18.yaml`. A classifier, as in `yolo11n-cls-container_light.yaml`, reads the model's last
+            map, whatever its stride.
         pretrained: Start from the model's pretrained weights.
 
     Raises:
@@ -168,15 +172,16 @@ def config(name: str, pretrained: bool = False) -> str:
     d = YAML.load(file)
     rows, head, strides = d["backbone"], d["head"], []
     sources, *last = head[-1]
-    if last[1] == "Classify" and model != "context":
+    context = re.fullmatch(r"context(\d*)", model)
+    if last[1] == "Classify" and not context:
         deepest = len(features(model, device="meta").feature_info.reduction()) - 1
         d["backbone"] = [[-1, 1, "ContainerBackbone", [model, pretrained]], [0, 1, "ContainerLevel", [deepest]]]
     elif not isinstance(sources, list):
         raise ValueError(f"{file.name} ends in {last[1]}, which reads no list of maps")
-    elif model == "context":
+    elif context:
         end = len(rows + head) - 1
-        context = [[i % end, 1, "ContextAggregation", [2]] for i in sources]
-        head[-1:] = [*context, [list(range(end, end + len(sources))), *last]]
+        layers = [[i % end, 1, "ContextAggregation", [2, int(context[1] or 1)]] for i in sources]
+        head[-1:] = [*layers, [list(range(end, end + len(sources))), *last]]
     elif any(row[0] != -1 for row in rows):
         raise ValueError(f"{file.name} has a backbone that is no chain of layers, which another could replace")
     else:

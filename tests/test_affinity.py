@@ -9,7 +9,7 @@ from conftest import randomize
 from torch import nn
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from container import DepthwiseConv, GlobalContext, SelfAttention, TokenMatrix
+from container import DepthwiseConv, DoubleAttention, GlobalContext, SelfAttention, TokenMatrix
 
 DIM = 8
 GRIDS = [(5, 5), (4, 7), (6, 3)]
@@ -24,6 +24,7 @@ AFFINITIES = {
     "matrix per head": lambda grid: TokenMatrix(DIM, 4, grid),
     "matrix of rank 3": lambda grid: TokenMatrix(DIM, 2, grid, rank=3),
     "context": lambda grid: GlobalContext(DIM),
+    "double attention": lambda grid: DoubleAttention(DIM, 3),
 }
 cases = pytest.mark.parametrize("grid", GRIDS, ids=lambda g: f"{g[0]}x{g[1]}")
 every = pytest.mark.parametrize("name", AFFINITIES)
@@ -116,7 +117,7 @@ def test_scaled(name):
         torch.testing.assert_close(read(affinity, x, v), -2.5 * product)
         assert bias is None or torch.equal(affinity.bias, 7.0 * bias)
     else:
-        assert isinstance(affinity, (SelfAttention, GlobalContext))  # computed, and no parameter
+        assert isinstance(affinity, (SelfAttention, GlobalContext, DoubleAttention))  # computed, and no parameter
         assert torch.equal(affinity.matrix(x), matrix)
 
 
@@ -151,11 +152,28 @@ def test_attention_does_not_copy_channels_last_maps():
     assert seen.clones == 0
 
 
+@pytest.mark.parametrize("name", ["attention", "double attention"])
 @cases
 @torch.no_grad()
-def test_attention_rows_sum_to_one(grid):
-    affinity, x = build("attention", grid)
-    torch.testing.assert_close(affinity.matrix(x).sum(-1), torch.ones(2, 4, x[0, 0].numel(), dtype=x.dtype))
+def test_attention_rows_sum_to_one(name, grid):
+    affinity, x = build(name, grid)
+    rows = torch.ones(2, affinity.num_heads, x[0, 0].numel(), dtype=x.dtype)
+    torch.testing.assert_close(affinity.matrix(x).sum(-1), rows)
+
+
+@torch.no_grad()
+def test_double_attention_gathers_and_distributes():
+    """Summary by summary and token by token, as A^2-Nets has it."""
+    affinity, x = build("double attention", (4, 3))
+    v = torch.randn_like(x)
+    q, k, values = (t.flatten(2) for t in (affinity.query(x), affinity.key(x), v))
+    for b in range(2):
+        summaries = [sum(w * values[b, :, j] for j, w in enumerate(k[b, r].softmax(0))) for r in range(3)]
+        for i in range(12):
+            expected = sum(w * s for w, s in zip(q[b, :, i].softmax(0), summaries, strict=True))
+            torch.testing.assert_close(affinity(x, v).flatten(2)[b, :, i], expected)
+    with pytest.raises(ValueError, match="rank 0 is not at least 1"):
+        DoubleAttention(DIM, 0)
 
 
 @cases
@@ -203,6 +221,8 @@ def test_static_affinity_ignores_x(name):
 def test_ranks(grid):
     affinity, x = build("context", grid)
     assert (torch.linalg.matrix_rank(affinity.matrix(x)) == 1).all()
+    affinity, x = build("double attention", grid)
+    assert (torch.linalg.matrix_rank(affinity.matrix(x)) == 3).all()
     affinity, x = build("matrix of rank 3", grid)
     assert (torch.linalg.matrix_rank(affinity.matrix(x)) == 3).all()
 

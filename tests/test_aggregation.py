@@ -10,6 +10,7 @@ from container import (
     Block,
     ConvexGate,
     DepthwiseConv,
+    DoubleAttention,
     FreeGate,
     GlobalContext,
     SelfAttention,
@@ -29,6 +30,7 @@ CASES = {
         dynamic=SelfAttention(DIM, 4), static=TokenMatrix(DIM, 6, GRID)
     ),
     "context": lambda: dict(dynamic=GlobalContext(DIM), static=DepthwiseConv(DIM), gate=FreeGate()),
+    "double": lambda: dict(dynamic=DoubleAttention(DIM, 3), static=DepthwiseConv(DIM), gate=FreeGate()),
 }
 
 

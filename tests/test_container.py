@@ -560,13 +560,14 @@ def test_drop_rates_reach_their_layers():
     assert drop_paths == pytest.approx(np.linspace(0, 0.4, 5))
 
 
-def test_stages_of_another_number():
+@pytest.mark.parametrize("dynamic", ["context", "double"])
+def test_stages_of_another_number(dynamic):
     model = Container(
         depths=(1, 1),
         embed_dims=(8, 16),
         patch_sizes=(4, 4),
         num_heads=2,
-        dynamic=("context", "attention"),
+        dynamic=(dynamic, "attention"),
         num_classes=3,
     )
     y = model(images(2, 3, 32, 48))
@@ -592,7 +593,7 @@ def test_pooling_of_choice():
         (dict(embed_dims=(64, 128, 320)), r"embed_dims has 3 entries for 4 stages: \(64, 128, 320\)"),
         (dict(mlp_ratios=(4, 4)), "mlp_ratios has 2 entries for 4 stages"),
         (dict(dynamic=("attention", "none")), "dynamic has 2 entries for 4 stages"),
-        (dict(dynamic="conv"), "unknown dynamic affinity 'conv': choose from none, attention, context"),
+        (dict(dynamic="conv"), "unknown dynamic affinity 'conv': choose from none, attention, context, double"),
         (dict(static="attention"), "unknown static affinity 'attention': choose from none, conv, matrix"),
         (dict(static="none"), "needs a dynamic affinity, a static one, or both"),
         (dict(gate="sigmoid"), "unknown gate 'sigmoid': choose from convex, free, sum"),

@@ -118,6 +118,7 @@ def test_gates_near_their_ends(logit):
         dict(norm_layer="groupnorm1"),
         dict(output_stride=8),
         dict(dynamic="context"),
+        dict(dynamic="double"),
     ]
     + [dict(global_pool=pool) for pool in ("max", "catavgmax")]
     + [dict(depths=(1, 1, 1, 1), static="matrix", dynamic="attention", gate="free", img_size=64)],

@@ -34,16 +34,18 @@ def test_layer_is_its_formula(reduction):
     torch.testing.assert_close(layer(x).flatten(2), expected)
 
 
-def test_layer_is_the_affinity_of_rank_one():
-    """m may act on every token or on their sum: matrices do not care."""
-    layer = randomize(ContextAggregation(4).double())
+@pytest.mark.parametrize("rank", [1, 3])
+def test_layer_is_an_affinity_of_that_rank(rank):
+    """m may act on every token or on their sums: matrices do not care."""
+    layer = randomize(ContextAggregation(4, rank=rank).double())
     x = torch.randn(1, 4, 3, 5, dtype=torch.float64)
     bias, layer.m.bias.data = layer.m.bias.data[:, None, None].clone(), torch.zeros(4, dtype=torch.float64)
     matrix = layer.affinity.matrix(x)[0, 0]
     expected = x.flatten(2) + layer.m(layer.v(x)).flatten(2) @ matrix.T
     torch.testing.assert_close(layer(x).flatten(2), expected)
     layer.m.bias.data = bias.flatten()
-    torch.testing.assert_close(layer(x), expected.view_as(x) + bias * layer.affinity.query(x).sigmoid())
+    wanted = layer.affinity.query(x).sigmoid() if rank == 1 else 1  # of several, weights that sum to one
+    torch.testing.assert_close(layer(x), expected.view_as(x) + bias * wanted)
 
 
 def test_layer_trains_with_a_batch_of_one_position():
@@ -53,6 +55,8 @@ def test_layer_trains_with_a_batch_of_one_position():
     for reduction in (0, 5):
         with pytest.raises(ValueError, match=f"reduction {reduction} is not in 1 to 4"):
             ContextAggregation(4, reduction)
+    with pytest.raises(ValueError, match="rank 0 is not at least 1"):
+        ContextAggregation(4, rank=0)
 
 
 @pytest.mark.slow
@@ -123,6 +127,15 @@ def test_channels_follow_the_scale(ultralytics, scale, channels):
     layers = [m for m in model.modules() if isinstance(m, ContextAggregation)]
     assert [layer.affinity.query.in_channels for layer in layers] == channels
     assert all(layer.v.out_channels == c // 2 for layer, c in zip(layers, channels))
+
+
+def test_rank_by_name(ultralytics):
+    """`context8` is of rank 8, and changes nothing at the start either."""
+    model = ultralytics.YOLO(yolo.config("yolov8n-context8.yaml"), verbose=False).model
+    layers = [m for m in model.modules() if isinstance(m, ContextAggregation)]
+    assert len(layers) == 3 and all(layer.affinity.query.out_channels == 8 for layer in layers)
+    x = torch.randn(1, layers[0].affinity.query.in_channels, 5, 4)
+    assert torch.equal(layers[0](x), x)
 
 
 def tensors(x):
