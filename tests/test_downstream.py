@@ -1,9 +1,13 @@
 """The family under the libraries that people use."""
 
+import subprocess
+import sys
+
 import onnxruntime
 import pytest
 import timm
 import torch
+from PIL import Image
 
 import container
 from container import zoo
@@ -200,3 +204,104 @@ def test_pruning():
     assert logits.shape == (2, 1000) and all(p.grad is not None for p in model.parameters())
     unfused = model.eval()(x)
     torch.testing.assert_close(fuse(model)(x), unfused, rtol=1e-4, atol=1e-4)
+
+
+@pytest.fixture
+def photos(tmp_path):
+    """Eight pictures each of two colours, in folders."""
+    for split in ("train", "valid"):
+        for kind, color in (("red", (200, 30, 30)), ("blue", (30, 30, 200))):
+            (tmp_path / split / kind).mkdir(parents=True)
+            for i in range(8):
+                Image.new("RGB", (40, 36), color).save(tmp_path / split / kind / f"{i}.png")
+    return tmp_path
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_fastai(photos, monkeypatch):
+    """Fine-tuned by name from weights, exported, and read again with the same answers."""
+    monkeypatch.chdir(photos)
+    fastai = pytest.importorskip("fastai.vision.all", reason="fastai is not installed")
+    loaders = fastai.ImageDataLoaders.from_folder(photos, item_tfms=fastai.Resize(32), bs=8, num_workers=0)
+    learner = fastai.vision_learner(loaders, OURS, pretrained=True, metrics=fastai.accuracy)
+    with learner.no_bar(), learner.no_logging():
+        learner.fine_tune(10, base_lr=1e-2)
+        _, accuracy = learner.validate()
+    assert accuracy == 1
+    learner.export("model.pkl")
+    again = fastai.load_learner("model.pkl")
+    with learner.no_bar(), again.no_bar():
+        found, expected = (m.predict("valid/red/0.png") for m in (again, learner))
+    assert found[0] == "red" and torch.equal(found[2], expected[2])
+
+
+@pytest.mark.slow
+def test_lightning(tmp_path):
+    """Two processes that Lightning starts itself, of a script that does not import the package."""
+    pytest.importorskip("lightning", reason="Lightning is not installed")
+    script = tmp_path / "fit.py"
+    script.write_text("""
+import lightning, timm, torch
+
+class Classifier(lightning.LightningModule):
+    def __init__(self):
+        super().__init__()
+        self.model = timm.create_model("container_light_nano_32", num_classes=2)
+
+    def training_step(self, batch, _):
+        return torch.nn.functional.cross_entropy(self.model(batch[0]), batch[1])
+
+    def on_train_end(self):
+        print(f"end of {self.global_rank} of {self.trainer.world_size}", flush=True)
+
+    def configure_optimizers(self):
+        return torch.optim.SGD(self.parameters(), 1e-2)
+
+data = torch.utils.data.TensorDataset(torch.randn(8, 3, 32, 32), torch.arange(8) % 2)
+lightning.Trainer(
+    accelerator="cpu", devices=2, strategy="ddp", max_epochs=1, logger=False, enable_checkpointing=False,
+    enable_progress_bar=False,
+).fit(Classifier(), torch.utils.data.DataLoader(data, 2))
+""")
+    command = [sys.executable, "-m", "container", "run", str(script)]
+    result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=300)
+    assert result.returncode == 0, result.stderr[-2000:]
+    assert "end of 0 of 2" in result.stdout and "end of 1 of 2" in result.stdout
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+@pytest.mark.parametrize("rewritten", [False, True])
+def test_grad_cam(rewritten):
+    """The map by its formula: channels of the last stage, weighed by their mean gradients."""
+    library = pytest.importorskip("pytorch_grad_cam", reason="grad-cam is not installed")
+    from pytorch_grad_cam.utils.model_targets import ClassifierOutputTarget
+
+    model = timm.create_model("container_light_nano", num_classes=5).eval()
+    model = fuse(model) if rewritten else model
+    x = torch.randn(1, 3, 128, 96)
+    with library.GradCAM(model=model, target_layers=[model.stages[3]]) as cam:
+        found = torch.from_numpy(cam(input_tensor=x, targets=[ClassifierOutputTarget(2)]))[0]
+    seen = []
+    handle = model.stages[3].register_forward_hook(lambda _, __, y: seen.append(y))
+    score = model(x)[0, 2]
+    handle.remove()
+    gradient = torch.autograd.grad(score, seen[0])[0]
+    expected = (gradient.mean((2, 3), keepdim=True) * seen[0]).sum(1).relu().detach()
+    expected = torch.nn.functional.interpolate(expected[None], (128, 96), mode="bilinear")[0, 0]
+    expected = (expected - expected.min()) / (expected.max() - expected.min())
+    assert found.shape == (128, 96) and (found - expected).abs().max() < 1e-2
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_captum():
+    """Integrated gradients add up to the change of the score."""
+    captum = pytest.importorskip("captum.attr", reason="captum is not installed")
+    model = timm.create_model("container_light_nano_32").eval()
+    x = torch.randn(1, 3, 32, 32)
+    attribution, rest = captum.IntegratedGradients(model).attribute(x, target=1, return_convergence_delta=True)
+    change = (model(x) - model(torch.zeros_like(x)))[0, 1].item()
+    assert attribution.sum().item() == pytest.approx(change, abs=0.05 * abs(change) + 1e-4)
+    assert abs(rest.item()) < 0.05 * abs(change) + 1e-4
