@@ -111,7 +111,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     commands = parser.add_subparsers(required=True, metavar="COMMAND")
     family = commands.add_parser("list", help="the family")
-    family.add_argument("--markdown", action="store_true", help="as the README's table")
+    family.add_argument("--markdown", action="store_true", help="as the table of docs/models.md")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
     guess = commands.add_parser("predict", help="the five likeliest classes of photos")
     guess.add_argument("photos", metavar="PHOTO", nargs="*", help="a file; without any, a cat that comes along")

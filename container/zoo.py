@@ -28,7 +28,7 @@ def table(markdown: bool = False) -> str:
     """The family and its weights, a line for each member, from the models and from the manifest.
 
     Args:
-        markdown: The README's table in place of one for a terminal.
+        markdown: The table of docs/models.md in place of one for a terminal.
     """
     rows: list[tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
     for architecture, cfgs in default_cfgs.items():

@@ -13,9 +13,18 @@ import container
 from container.__main__ import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+PAGES = {name: (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8") for name in ("models", "weights", "deploy")}
+CODE = [code for page in (README, *PAGES.values()) for code in re.findall(r"```python\n(.*?)```", page, re.DOTALL)]
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+def test_it_is_short():
+    """Tables may be wider."""
+    lines = README.splitlines()
+    assert len(lines) <= 200
+    assert not [line for line in lines if len(line) > 120 and not line.startswith("|")]
+
+
+@pytest.mark.parametrize("code", CODE)
 def test_code(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for library in ("segmentation_models_pytorch", "transformers", "ultralytics"):
@@ -31,6 +40,7 @@ def test_code(code, tmp_path, monkeypatch, capsys):
 
 
 ROWS = re.findall(r"^\| `(container\w*)` .*\| ([\d.]+) M \| ([\d.]+) \|$", README, re.MULTILINE)
+assert len(ROWS) >= 6
 
 
 @pytest.mark.parametrize("name, params, gmacs", ROWS)
@@ -44,7 +54,7 @@ def test_tables(name, params, gmacs):
 
 def test_the_zoo_is_what_the_command_prints(capsys):
     main(["list", "--markdown"])
-    table = re.search(r"<!-- container list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
+    table = re.search(r"<!-- container list --markdown -->\n(.*?)<!-- end -->", PAGES["models"], re.DOTALL)
     assert table[1] == capsys.readouterr().out
 
 
@@ -65,7 +75,23 @@ def test_differences_has_every_note():
     assert noted == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+def test_models_to_add_are_short(monkeypatch):
+    """The example of CONTRIBUTING.md, registered and built."""
+    code = re.search(r"```python\n(@register_model.*?)```", (ROOT / "CONTRIBUTING.md").read_text(), re.DOTALL)[1]
+    name = re.search(r"def (\w+)", code)[1]
+    made = []
+    scope = dict(vars(container.container), register_model=lambda entry: entry)
+    scope["_create_container"] = lambda name, pretrained, **kwargs: made.append(name) or container.Container(**kwargs)
+    exec(code, scope)
+    model = scope[name](num_classes=3, depths=(1, 1, 1, 1))
+    assert made == [name] and isinstance(model.stages[0].blocks[0].aggregation.dynamic, container.DoubleAttention)
+    assert len(code.strip().splitlines()) <= 6
+
+
+PAGES_WITH_LINKS = [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted((ROOT / "docs").glob("*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES_WITH_LINKS, ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
