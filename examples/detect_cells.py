@@ -1,9 +1,10 @@
 #!/usr/bin/env python
-"""Trains RetinaNet with a CONTAINER-LIGHT, or any timm backbone, to find blood cells; measures and draws the result.
+"""Trains RetinaNet or Deformable DETR with any timm backbone to find blood cells; measures and draws the result.
 
     python examples/detect_cells.py --data-dir bccd
     python examples/detect_cells.py --data-dir bccd --untrained-backbone      # what the head alone can do
     python examples/detect_cells.py --data-dir bccd --backbone resnet18
+    python examples/detect_cells.py --data-dir bccd --detector detr --pretrained --channels 128 --lr 2e-4
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
@@ -15,6 +16,7 @@ from typing import Any
 
 import torch
 from bccd import CLASSES, Cells
+from deformable_detr import DeformableDetr
 from detector import add_arguments, batches, train
 from torch.utils.data import DataLoader
 from torchvision.utils import draw_bounding_boxes, make_grid, save_image
@@ -34,6 +36,7 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
+    parser.add_argument("--detector", choices=["retinanet", "detr"], default="retinanet")
     parser.add_argument("--untrained-backbone", action="store_true", help="keep the backbone as it is at the start")
     parser.add_argument("--output", default="cells", help="folder for the result and the picture")
     parser.add_argument("--size", type=int, default=320, help="short side of a photo")
@@ -72,16 +75,17 @@ def main() -> None:
     """Trains, measures on the test photos, draws."""
     args = parse_args()
     torch.manual_seed(args.seed)
-    model: Any = retinanet(
-        args.backbone,
-        len(CLASSES),
-        min_size=args.size,
-        max_size=2 * args.size,
-        pretrained=args.pretrained,
-        out_channels=args.channels,
-    ).to(args.device)
+    model: Any
+    if args.detector == "detr":
+        model = DeformableDetr(args.backbone, len(CLASSES), args.size, args.pretrained, args.channels)
+        body = model.body
+    else:
+        sizes = dict(min_size=args.size, max_size=2 * args.size)
+        model = retinanet(args.backbone, len(CLASSES), pretrained=args.pretrained, out_channels=args.channels, **sizes)
+        body = model.backbone.body
+    model.to(args.device)
     if args.untrained_backbone:
-        model.backbone.body.requires_grad_(False)  # its batch norms still follow the photos
+        body.requires_grad_(False)  # RetinaNet's batch norms still follow the photos
     loader = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
     test_cells = Cells(args.data_dir, "test")
     train(model, loader, args.epochs, args.lr, args.device, args.amp)

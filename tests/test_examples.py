@@ -49,7 +49,10 @@ def cells(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("options", [[], ["--backbone", "resnet18", "--untrained-backbone"]])
+@pytest.mark.parametrize(
+    "options",
+    [[], ["--backbone", "resnet18", "--untrained-backbone"], ["--detector", "detr", "--pretrained", "--channels", 32]],
+)
 def test_cells(cells, tmp_path, options):
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")
     small = ["--epochs", 1, "--batch-size", 2, "--size", 64, "--channels", 16]

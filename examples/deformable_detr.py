@@ -1,0 +1,109 @@
+"""Deformable DETR of transformers on a timm backbone, in the dress of torchvision's detectors."""
+
+from typing import Any
+
+import timm
+import torch
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+from torchvision.ops import box_convert
+from torchvision.transforms.v2.functional import normalize, resize
+
+import container  # noqa: F401  registers the family
+
+try:
+    from transformers import DeformableDetrConfig, DeformableDetrForObjectDetection, TimmBackboneConfig
+except ImportError as error:
+    raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
+
+LEVELS = [1, 2, 3]  # strides 8, 16 and 32
+
+
+class DeformableDetr(nn.Module):
+    """Losses for images and targets in training, boxes for images in evaluation.
+
+    Boxes are refined layer by layer, and the first guesses come from the encoder ("two stages"): both shorten a
+    training that is long for DETRs. transformers freezes the backbone's batch norms, so start from weights.
+
+    Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159).
+
+    Args:
+        backbone: timm's name of a model with features.
+        num_classes: Classes of things.
+        size: Side of the shorter edge to which images are resized, in pixels.
+        pretrained: Start from the backbone's weights.
+        channels: Width of the transformer.
+        queries: Boxes an image, at most.
+
+    Raises:
+        SystemExit: `channels` is not a multiple of 32, the groups of its norms.
+    """
+
+    def __init__(
+        self, backbone: str, num_classes: int, size: int, pretrained: bool, channels: int, queries: int = 100
+    ) -> None:
+        super().__init__()
+        if channels % 32:
+            raise SystemExit(f"--channels {channels} is not a multiple of 32, the groups of Deformable DETR's norms")
+        options = dict(features_only=True, out_indices=LEVELS)
+        body = timm.create_model(backbone, pretrained=pretrained, **options)
+        config = DeformableDetrConfig(
+            backbone_config=TimmBackboneConfig(backbone=backbone, out_indices=LEVELS),
+            num_labels=num_classes,
+            num_queries=queries,
+            num_feature_levels=len(LEVELS),
+            d_model=channels,
+            encoder_layers=3,
+            decoder_layers=3,
+            encoder_ffn_dim=4 * channels,
+            decoder_ffn_dim=4 * channels,
+            with_box_refine=True,
+            two_stage=True,
+            two_stage_num_proposals=queries,
+        )
+        self.detr = DeformableDetrForObjectDetection(config)
+        self.body.load_state_dict(body.state_dict())
+        self.size, self.queries = size, queries
+        self.data = resolve_model_data_config(body)
+
+    @property
+    def body(self) -> nn.Module:
+        """The backbone."""
+        return next(m for m in self.detr.modules() if isinstance(m, timm.models.FeatureListNet))
+
+    def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
+        """(3, H, W) images in 0 to 1; boxes in their pixels, left, top, right, bottom.
+
+        Returns:
+            With targets a dictionary of weighted losses; else of each image boxes, scores and labels.
+        """
+        resized = [normalize(resize(i, [self.size]), self.data["mean"], self.data["std"]) for i in images]
+        height, width = (max(i.shape[dim] for i in resized) for dim in (1, 2))
+        pixels = resized[0].new_zeros(len(images), 3, height, width)
+        mask = torch.zeros(len(images), height, width, dtype=torch.long, device=pixels.device)
+        for image, into, seen in zip(resized, pixels, mask, strict=True):
+            into[:, : image.shape[1], : image.shape[2]] = image
+            seen[: image.shape[1], : image.shape[2]] = 1
+        if targets is None:
+            return self._boxes(self.detr(pixel_values=pixels, pixel_mask=mask), images)
+        labels = [
+            dict(
+                class_labels=target["labels"],
+                boxes=box_convert(target["boxes"], "xyxy", "cxcywh") / _scale(image),
+            )
+            for image, target in zip(images, targets, strict=True)
+        ]
+        return dict(loss=self.detr(pixel_values=pixels, pixel_mask=mask, labels=labels).loss)
+
+    def _boxes(self, outputs: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
+        found = []
+        for logits, boxes, image in zip(outputs.logits, outputs.pred_boxes, images, strict=True):
+            scores, best = logits.float().sigmoid().flatten().topk(min(self.queries, logits.numel()))
+            corners = box_convert(boxes[best // logits.shape[1]].float(), "cxcywh", "xyxy") * _scale(image)
+            found.append(dict(boxes=corners, scores=scores, labels=best % logits.shape[1]))
+        return found
+
+
+def _scale(image: Tensor) -> Tensor:
+    height, width = image.shape[-2:]
+    return torch.tensor([width, height, width, height], device=image.device, dtype=torch.float32)
