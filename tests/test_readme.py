@@ -13,9 +13,19 @@ import container
 from container.__main__ import main
 
 README = (ROOT / "README.md").read_text(encoding="utf-8")
+# Pages whose blocks of Python each run by themselves; docs/unification.md has a test of its own.
+PAGES = {
+    f"docs/{name}.md": (ROOT / "docs" / f"{name}.md").read_text(encoding="utf-8")
+    for name in ("README", "start", "models", "deploy", "inside")
+}
+CODE = [
+    pytest.param(code, id=f"{page}-{i}")
+    for page, text in ({"README.md": README} | PAGES).items()
+    for i, code in enumerate(re.findall(r"```python\n(.*?)```", text, re.DOTALL))
+]
 
 
-@pytest.mark.parametrize("code", re.findall(r"```python\n(.*?)```", README, re.DOTALL))
+@pytest.mark.parametrize("code", CODE)
 def test_code(code, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     for library in ("segmentation_models_pytorch", "transformers", "ultralytics"):
@@ -44,8 +54,10 @@ def test_tables(name, params, gmacs):
 
 def test_the_zoo_is_what_the_command_prints(capsys):
     main(["list", "--markdown"])
-    table = re.search(r"<!-- container list --markdown -->\n(.*?)<!-- end -->", README, re.DOTALL)
-    assert table[1] == capsys.readouterr().out
+    printed = capsys.readouterr().out
+    for text in (README, PAGES["docs/models.md"]):
+        table = re.search(r"<!-- container list --markdown -->\n(.*?)<!-- end -->", text, re.DOTALL)
+        assert table[1] == printed
 
 
 def test_commands_are_those_of_ci():
@@ -65,7 +77,7 @@ def test_differences_has_every_note():
     assert noted == set(re.findall(r"^\| `(\w+)` \|", page, re.MULTILINE))
 
 
-@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").glob("*.md"))], ids=lambda p: p.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *sorted((ROOT / "docs").rglob("*.md"))], ids=lambda p: p.name)
 def test_links_lead_somewhere(page):
     text = page.read_text(encoding="utf-8")
     for target in re.findall(r"\]\((?!https?:)([^)#]+)(?:#[^)]*)?\)", text):
