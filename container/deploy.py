@@ -30,6 +30,7 @@ from .predict import class_names
 __all__ = ["FORMATS", "Exported", "export", "preprocessing"]
 
 FORMATS = dict(onnx=".onnx", openvino=".xml", executorch=".pte", pt2=".pt2", torchscript=".pt")
+"""The formats, and the suffix of their files."""
 KEY = "container"  # of the metadata
 BOUND = 1e-3  # largest difference of an answer, as a share of the largest number in it
 _NEEDS = 'pip install "container-timm[deploy]"'

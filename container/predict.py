@@ -12,7 +12,8 @@ from .images import open_photo
 
 __all__ = ["SAMPLE", "class_names", "label_names", "predict"]
 
-SAMPLE = Path(__file__).with_name("sample.jpg")  # a photo to begin with; sample.txt has its source and licence
+SAMPLE = Path(__file__).with_name("sample.jpg")
+"""A photo to begin with; `sample.txt` beside it has its source and licence."""
 
 
 def label_names(model: nn.Module) -> list[str]:
