@@ -9,6 +9,7 @@ container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT]
 container weights export NAME FOLDER
 container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
 container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
+container explore [PHOTO] --model NAME[.tag]           the same as a page, where one clicks and moves alpha and beta
 container export NAME[.tag] OUT --format FORMAT        a file for another runtime, ONNX Runtime and OpenVINO among them
 container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
 container train [ARGUMENT ...]       trains a model: `container train --help`
@@ -29,7 +30,7 @@ from typing import Any
 
 import torch
 
-from . import deploy, figures, predict, probe, weights, zoo
+from . import deploy, explore, figures, predict, probe, weights, zoo
 from .container import Container
 from .files import write_atomically
 from .images import open_photo
@@ -132,6 +133,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
     pictures.set_defaults(command=_figures)
+    page = commands.add_parser(
+        "explore", help="a page: click a place in a photo, see what it reads, move alpha and beta"
+    )
+    page.add_argument("photo", metavar="PHOTO", nargs="?", help="a file; without it, a cat that comes along")
+    page.add_argument(
+        "--model",
+        metavar="NAME[.tag]",
+        action="append",
+        default=[],
+        help=f"one to begin with, or several to choose from; {explore.MODELS[0]}; without a tag: random weights",
+    )
+    page.add_argument("--img-size", type=int, metavar="N", help="side of the square; the first model's own")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine alone")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
+    page.set_defaults(command=_explore)
     deployed = commands.add_parser("export", help="a file for another runtime, which gives the model's answers")
     deployed.add_argument("model", metavar="NAME[.tag]", help="any of timm's, with weights")
     deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pte, .pt2 or .pt")
@@ -217,6 +233,11 @@ def _figures(args: argparse.Namespace) -> None:
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
+
+
+def _explore(args: argparse.Namespace) -> None:
+    models = dict.fromkeys([*args.model, *explore.MODELS])
+    explore.serve(list(models), args.photo, args.img_size, args.host, args.port)
 
 
 def _deploy(args: argparse.Namespace) -> None:
