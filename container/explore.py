@@ -13,6 +13,7 @@ import io
 import math
 import os
 import signal
+import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -779,6 +780,17 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
     return page
 
 
+def _check_address(host: str, port: int) -> None:
+    """Known before the model is made, and in words of one's own."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"there is no port {port}: they go from 1 to {2**16 - 1}")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise OSError(f"nothing can listen at {host}, port {port}: {reason}") from None
+
+
 def serve(
     models: Sequence[str] = MODELS,
     photo: str | Path | None = None,
@@ -797,10 +809,12 @@ def serve(
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
-        OSError: The photo does not exist, or the port is taken.
+        OSError: The photo does not exist, or the port is taken or the host none.
         RuntimeError: The first model's weights cannot be had.
-        ValueError: The photo is none, a model is none of this family, or the image is too small for the first.
+        ValueError: The photo is none, a model is none of this family, the image is too small for the first, or there is
+            no such port.
     """
+    _check_address(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads under way would stay
     with tempfile.TemporaryDirectory() as folder:
         # Gradio reads these when it is imported and when a page is made.
