@@ -499,10 +499,18 @@ class _Models:
         return figures.seen(photo, self._config)[1].tobytes()
 
     def first_pane(self) -> Pane:
-        """The last block but one stage: there are tokens enough to see something, and they have met before."""
-        explorer = self[self.names[0]]
-        stage = max(0, explorer.blocks[-1].stage - 1)
-        return Pane(self.names[0], max(n for n, block in enumerate(explorer.blocks, 1) if block.stage == stage))
+        """Where there is something to mix and tokens enough to see it: the last such block of the earliest stage.
+
+        Not of the very first, whose tokens have hardly met.
+        """
+        blocks = list(enumerate(self[self.names[0]].blocks, 1))
+        mixing = [(number, block) for number, block in blocks if block.gated] or blocks
+        stage = min((block.stage for _, block in mixing if block.stage), default=0)
+        return Pane(self.names[0], max(number for number, block in mixing if block.stage == stage))
+
+    def first_pixel(self) -> tuple[int, int]:
+        """An eye of the sample; it reads the other one."""
+        return int(0.35 * self.side), int(0.43 * self.side)
 
     def choices(self) -> list[tuple[str, str]]:
         """(what a visitor reads, name) of each."""
@@ -549,7 +557,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
     import gradio as gr
 
     every = _Models(models, img_size)
-    side, first = every.side, every.first_pane()
+    side, first, start = every.side, every.first_pane(), every.first_pixel()
     own = photo is not None
     sample = every.square(open_photo(SAMPLE) if photo is None else photo)
 
@@ -580,8 +588,8 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
                 spot = gr.HTML(_PHOTO, js_on_load=_SCRIPT)
                 with gr.Row():
                     x, y = (
-                        gr.Number(side // 2, label=f"{axis}, pixels", precision=0, min_width=80, elem_id=axis)
-                        for axis in "xy"
+                        gr.Number(place, label=f"{axis}, pixels", precision=0, min_width=80, elem_id=axis)
+                        for axis, place in zip("xy", start, strict=True)
                     )
                 upload = gr.File(
                     label="Your own photo", file_types=[".jpg", ".jpeg", ".png", ".webp"], height=150, elem_id="upload"
@@ -729,7 +737,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             return shown(sample) | views(sample, pixel_of(values), asked(values))
 
         def load(request: gr.Request) -> dict[Any, Any]:
-            pixel, panes, found = (side // 2, side // 2), [first], {}
+            pixel, panes, found = start, [first], {}
             try:
                 asked_pixel, asked_panes = read_link(dict(request.query_params), every.names)
                 asked_pixel, asked_panes = asked_pixel or pixel, asked_panes or panes

@@ -4,18 +4,20 @@ import base64
 import io
 import os
 import re
+import shutil
+import signal
 import socket
 import subprocess
 import sys
 import time
 from contextlib import contextmanager
-from pathlib import Path
 from urllib.parse import parse_qsl
 
 import numpy as np
 import pytest
 import timm
 import torch
+import yaml
 from conftest import ROOT, randomize
 from matplotlib import colormaps
 from PIL import Image
@@ -23,7 +25,7 @@ from PIL import Image
 from container import explore, figures
 from container.__main__ import main
 from container.explore import Explorer, Pane, link, open_upload, paint, read_link
-from container.predict import SAMPLE
+from container.predict import SAMPLE, predict
 
 NANO = "container_nano.lite2_dist"
 SIDE = 64
@@ -120,27 +122,26 @@ def test_the_gate_returns_after_an_error(explorer, photo):
 
 
 @pytest.mark.parametrize(
-    ("name", "number", "kinds", "heads"),
+    ("name", "options", "kinds", "heads"),
     [
-        ("container_light_nano", 1, ("static", "mixed"), 16),
-        ("container_attention", 1, ("dynamic", "mixed"), None),
-        ("container_mixer", 1, ("static", "mixed"), 1),
-        ("container_pam", 1, ("dynamic", "static", "mixed"), None),
+        ("container_light_nano", dict(), ("static", "mixed"), 16),
+        ("container_nano", dict(static="none"), ("dynamic", "mixed"), 2),
+        ("container_nano", dict(dynamic="none", static="matrix", num_heads=1), ("static", "mixed"), 1),
+        ("container_nano", dict(static="matrix", gate="sum"), ("dynamic", "static", "mixed"), 2),
     ],
 )
-def test_other_members(name, number, kinds, heads, photo):
-    """Affinities that are alone are the mixed one, whatever the sliders say."""
-    model = timm.create_model(name, pretrained_cfg_overlay=dict(input_size=(3, SIDE, SIDE))).eval()
-    explorer = Explorer(model, SIDE)
+def test_other_kinds_of_blocks(name, options, kinds, heads, photo):
+    """What is alone is the mixed one, whatever the sliders say."""
+    explorer = Explorer(timm.create_model(name, img_size=SIDE, **options).eval(), SIDE)
+    number = 1 if name == "container_light_nano" else 3
     block = explorer.block(number)
-    assert block.kinds == kinds and block.heads == (heads or block.heads) and block.gated == (len(kinds) == 3)
+    assert block.kinds == kinds and block.heads == heads and block.gated == (len(kinds) == 3)
     rows, _ = by_figures(explorer, photo, number, PIXEL)
     views = explorer.look(photo, number, PIXEL, block.alpha, block.beta)
     for kind in kinds:
         torch.testing.assert_close(views[kind].values, rows[kind][0].abs().mean(0))
-    if not block.gated:
-        other = explorer.look(photo, number, PIXEL, 0.2, 0.3)
-        assert torch.equal(other["mixed"].values, views["mixed"].values)
+    other = explorer.look(photo, number, PIXEL, 0.2, 0.3)
+    assert torch.equal(other["mixed"].values, views["mixed"].values) == (not block.gated)
 
 
 def test_places_that_are_not_there(explorer, photo):
@@ -244,8 +245,6 @@ def test_the_page_sees_what_predict_sees():
     square = models.square(Image.open(SAMPLE).convert("RGB"))
     seen, _ = figures.seen(Image.open(SAMPLE).convert("RGB"), models._config)
     torch.testing.assert_close(models[NANO]._given(square), seen, rtol=0, atol=1e-6)
-    from container.predict import predict
-
     ((name, p), *_), *_ = predict([SAMPLE], models[NANO].model)
     block = models[NANO].block(1)
     found = models[NANO].probabilities(square, 1, block.alpha, block.beta)
@@ -270,7 +269,7 @@ def test_learned_values_are_not_moved_by_the_sliders_steps():
         (["--model", "container_nano.mine"], "container_nano.mine cannot be had: "),
         (["--img-size", "8"], f"8 pixels are no token of {NANO}: 32 are one"),
         (["--port", "70000"], "there is no port 70000: they go from 1 to 65535"),
-        (["--host", "no.such.host.invalid"], "nothing can listen at no.such.host.invalid, port "),
+        (["--host", "192.0.2.1"], "nothing can listen at 192.0.2.1, port "),
         (["--port", "TAKEN"], "nothing can listen at 127.0.0.1, port "),
     ],
 )
@@ -299,3 +298,240 @@ def test_without_gradio(monkeypatch):
 def free_port():
     with socket.create_server(("127.0.0.1", 0)) as server:
         return server.getsockname()[1]
+
+
+# ------------------------------------------------------------------------------------------------------ in a browser
+
+CHROMIUM = shutil.which("chromium") or shutil.which("google-chrome")
+QUIET = ["--no-sandbox", "--disable-gpu", "--disable-background-networking", "--no-first-run"]
+QUIET += ["--disable-component-update", "--disable-sync", "--disable-quic"]
+PATIENCE = 60_000  # milliseconds, of machines that have other things to do
+
+
+@contextmanager
+def serving(command, folder, **environment):
+    """The address of a page that a command serves, which leaves nothing behind, and what it has printed."""
+    (folder / "tmp").mkdir()
+    (folder / "here").mkdir()
+    port, log = free_port(), folder / "log.txt"
+    command = [word.replace("PORT", str(port)) for word in command]
+    known = {**os.environ, "PYTHONPATH": str(ROOT), "TMPDIR": str(folder / "tmp"), "OMP_NUM_THREADS": "1"}
+    known |= {key: value.replace("PORT", str(port)) for key, value in environment.items()}
+    with log.open("w") as printed:
+        process = subprocess.Popen(command, cwd=folder / "here", env=known, stdout=printed, stderr=subprocess.STDOUT)
+    try:
+        end = time.monotonic() + 180
+        while "until Ctrl+C" not in log.read_text():
+            assert process.poll() is None and time.monotonic() < end, log.read_text()
+            time.sleep(0.2)
+        yield f"http://127.0.0.1:{port}/", log
+        process.send_signal(signal.SIGTERM)
+        assert process.wait(timeout=60) == 0, log.read_text()
+    finally:
+        process.kill()
+        process.wait()
+    assert len(log.read_text().splitlines()) == 1, log.read_text()
+    left = [path for path in folder.rglob("*") if path.is_file() and path != log]
+    # PyTorch keeps what it compiles there, Matplotlib its list of fonts.
+    assert [path for path in left if "torchinductor" not in str(path) and "matplotlib" not in str(path)] == []
+
+
+@pytest.fixture(scope="module")
+def browser():
+    sync_api = pytest.importorskip("playwright.sync_api", reason="playwright is not installed")
+    pytest.importorskip("gradio", reason="gradio is not installed")
+    if CHROMIUM is None:
+        pytest.skip("no Chromium is installed")
+    with sync_api.sync_playwright() as playwright:
+        browser = playwright.chromium.launch(executable_path=CHROMIUM, args=QUIET)
+        yield browser
+        browser.close()
+
+
+@pytest.fixture(scope="module")
+def served(tmp_path_factory):
+    command = [sys.executable, "-m", "container", "explore", "--port", "PORT"]
+    with serving(command, tmp_path_factory.mktemp("served")) as found:
+        yield found
+
+
+class Visit:
+    """A visitor, who sees what is on the page."""
+
+    def __init__(self, browser, address, log):
+        self.page, self.address, self.log = browser.new_page(viewport=dict(width=1440, height=1000)), address, log
+        self.page.set_default_timeout(PATIENCE)
+        self.wrong = []
+        self.page.on("pageerror", lambda error: self.wrong.append(str(error)))
+        self.page.on("request", lambda request: self.wrong.append(request.url) if self.elsewhere(request.url) else None)
+
+    def elsewhere(self, url):
+        return not url.startswith((self.address, "data:", "blob:"))
+
+    def open(self, query=""):
+        self.page.goto(self.address + query)
+        self.page.wait_for_selector("#pane1 .classes")
+        return self
+
+    def source(self, kind, pane=1):
+        return self.page.locator(f"#pane{pane} .map[data-kind={kind}] img").get_attribute("src")
+
+    def map(self, kind, pane=1):
+        data = base64.b64decode(self.source(kind, pane).partition(",")[2])
+        return np.asarray(Image.open(io.BytesIO(data)))
+
+    def until_changed(self, act, selector="#pane1 .maps"):
+        """Does something and waits for its effect."""
+        before = self.page.locator(selector).inner_html()
+        act()
+        code = "([selector, before]) => document.querySelector(selector)?.innerHTML != before"
+        self.page.wait_for_function(code, arg=[selector, before])
+
+    def place(self):
+        return tuple(int(self.page.locator(f"#{axis} input").input_value()) for axis in "xy")
+
+    def classes(self):
+        return self.page.locator("#pane1 .classes").inner_text()
+
+    def link(self):
+        return self.page.locator(".link a").get_attribute("href")
+
+    def button(self, name):
+        return self.page.locator("#pane1").get_by_role("button", name=name)
+
+
+@pytest.fixture
+def visit(browser, served):
+    visit = Visit(browser, *served)
+    yield visit.open()
+    visit.page.close()
+    assert visit.wrong == []
+
+
+@pytest.fixture(scope="module")
+def models():
+    return explore._Models([NANO, "container_light_nano.lite2_dist"], None)
+
+
+def sees(models, pane, pixel):
+    """The pictures that a page should have of the sample."""
+    square = models.square(Image.open(SAMPLE).convert("RGB"))
+    block = models[pane.model].block(pane.block)
+    alpha = block.alpha if pane.alpha is None else pane.alpha
+    beta = block.beta if pane.beta is None else pane.beta
+    views = models[pane.model].look(square, pane.block, pixel, alpha, beta, pane.head)
+    return {kind: np.asarray(paint(view.values)) for kind, view in views.items()}
+
+
+def same(found, expected):
+    """Other kernels round otherwise: a step of the colour map."""
+    return found.shape == expected.shape and np.abs(found.astype(int) - expected.astype(int)).max() <= 3
+
+
+def check(visit, models, pane, pixel):
+    assert visit.place() == pixel
+    for kind, expected in sees(models, pane, pixel).items():
+        assert same(visit.map(kind), expected), kind
+
+
+@pytest.mark.slow
+def test_a_click_shows_what_the_token_reads(visit, models):
+    pane = models.first_pane()
+    check(visit, models, pane, models.first_pixel())
+    box = visit.page.locator(".spot.photo").bounding_box()
+    at = dict(x=box["width"] * 100.5 / 128, y=box["height"] * 30.5 / 128)
+    visit.until_changed(lambda: visit.page.locator(".spot.photo").click(position=at))
+    check(visit, models, pane, (100, 30))
+    visit.until_changed(lambda: visit.page.keyboard.press("ArrowLeft"))
+    check(visit, models, pane, (100 - models[NANO].block(pane.block).stride, 30))
+    visit.until_changed(lambda: visit.page.locator("#y input").fill("127"))
+    check(visit, models, pane, (92, 127))
+    visit.until_changed(lambda: visit.page.locator("#y input").fill("128"), "#said")
+    assert "x and y go from 0 to 127" in visit.page.locator("#said").inner_text()
+    assert visit.page.locator("footer").is_hidden()
+
+
+@pytest.mark.slow
+def test_sliders_and_buttons(visit, models):
+    pane, pixel = models.first_pane(), models.first_pixel()
+    learned = visit.classes()
+    visit.until_changed(lambda: visit.button("Attention").click())
+    assert visit.source("mixed") == visit.source("dynamic") and visit.classes() != learned
+    assert dict(parse_qsl(visit.link()[1:]))["alpha"] == "1.0"
+    visit.until_changed(lambda: visit.button("Convolution").click())
+    assert visit.source("mixed") == visit.source("static")
+    visit.until_changed(lambda: visit.page.locator("#pane1 input[type=range]").first.press("End"))  # alpha
+    check(visit, models, pane._replace(alpha=1.0, beta=1.0), pixel)
+    visit.until_changed(lambda: visit.button("Reset").click())
+    check(visit, models, pane, pixel)
+    assert visit.classes() == learned and "alpha" not in visit.link()
+
+
+@pytest.mark.slow
+def test_a_link_shows_the_same(visit, models):
+    panes = [Pane(NANO, 8, 3, 0.25, 0.5), Pane("container_light_nano.lite2_dist", 12, 2)]
+    visit.open(link((70, 20), panes))
+    check(visit, models, panes[0], (70, 20))
+    for kind, expected in sees(models, panes[1], (70, 20)).items():
+        assert same(visit.map(kind, pane=2), expected), kind
+    assert visit.link() == link((70, 20), panes)
+    visit.open("?model=resnet18")
+    assert "the link names another model than" in visit.page.locator("#said").inner_text()
+    check(visit, models, models.first_pane(), models.first_pixel())
+
+
+@pytest.mark.slow
+def test_another_block_and_another_model(visit, models):
+    """Chosen by keyboard, as in any list."""
+
+    def choose(label, text, pane=1):
+        field = visit.page.locator(f"#pane{pane}").get_by_label(label, exact=True)
+        field.click()
+        visit.page.get_by_role("option", name=text, exact=True).click()
+
+    visit.until_changed(lambda: choose("Block", "stage 3, block 2"))
+    check(visit, models, Pane(NANO, 7), models.first_pixel())
+    visit.until_changed(lambda: choose("Head", "head 4"))
+    check(visit, models, Pane(NANO, 7, 4), models.first_pixel())
+    visit.until_changed(lambda: choose("Model", "container_light_nano.lite2_dist"))
+    check(visit, models, Pane("container_light_nano.lite2_dist", 7), models.first_pixel())
+    assert "This block has no dynamic affinity." in visit.page.locator("#pane1").inner_text()
+    assert visit.button("Attention").is_disabled()
+    assert visit.page.locator("#pane2").is_hidden()
+    visit.page.locator("#second input").click()
+    visit.page.get_by_role("option", name=NANO, exact=True).click()
+    visit.page.wait_for_selector("#pane2 .map[data-kind=dynamic]")
+    assert same(visit.map("dynamic", pane=2), sees(models, Pane(NANO, 7), models.first_pixel())["dynamic"])
+
+
+@pytest.mark.slow
+def test_a_photo_of_ones_own(visit, tmp_path):
+    given = visit.page.locator("#upload input[type=file]")
+    Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
+    visit.until_changed(lambda: given.set_input_files(tmp_path / "red.png"), "#pane1 .classes")
+    assert "would need the photo" in visit.page.locator("p.link").inner_text()
+    for name, content, said in (
+        ("text.png", b"no photo", "text.png is no JPEG, PNG or WebP photo that can be read"),
+        ("large.png", bytes(11 * 10**6), "File size exceeds"),
+    ):
+        (tmp_path / name).write_bytes(content)
+        visit.page.locator("#upload input[type=file]").set_input_files(tmp_path / name)
+        visit.page.get_by_text(said).first.wait_for()
+        assert "Traceback" not in visit.page.content()
+    visit.until_changed(lambda: visit.page.get_by_role("button", name="Back to the first photo").click())
+    assert "Link to this view" in visit.page.locator("p.link").inner_text()
+    assert visit.log.read_text().count("\n") == 1
+
+
+@pytest.mark.slow
+def test_the_space(browser, tmp_path):
+    """Its file starts, and its card names it."""
+    command = [sys.executable, str(ROOT / "examples" / "space" / "app.py")]
+    with serving(command, tmp_path, GRADIO_SERVER_PORT="PORT") as (address, log):
+        visit = Visit(browser, address, log).open()
+        assert visit.page.title() == "What does a token read?" and visit.map("mixed").shape == (16, 16, 3)
+        visit.page.close()
+        assert visit.wrong == []
+    header = yaml.safe_load((ROOT / "examples" / "space" / "README.md").read_text(encoding="utf-8").split("---")[1])
+    assert header["sdk"] == "gradio" and header["app_file"] == "app.py" and header["title"]
+    assert f'"gradio>={header["sdk_version"].removesuffix(".0")}"' in (ROOT / "pyproject.toml").read_text()
