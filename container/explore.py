@@ -402,7 +402,9 @@ h3 span {font-family: Georgia, "Times New Roman", serif; font-weight: 400}
 .classes div {height: 10px; position: relative; background: var(--border-color-primary); border-radius: 3px}
 .classes div i {position: absolute; inset: 0 auto 0 0; background: #009E73; border-radius: 3px}
 .classes div b {position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--body-text-color)}
-.said:not(:empty) {border-left: 4px solid #D55E00; padding: 6px 10px; margin: 0; font-weight: 600}
+#said:not(:has(.said)) {display: none}
+.link {margin-top: 10px}
+.said {border-left: 4px solid #D55E00; padding: 6px 10px; margin: 0; font-weight: 600}
 @media (min-width: 900px) {#given {position: sticky; top: 8px; align-self: flex-start}}
 @media (max-width: 640px) {.maps {grid-template-columns: 1fr}}
 """
@@ -442,14 +444,15 @@ def _maps_page(views: dict[str, Row], block: BlockInfo, side: int) -> str:
 
 def _classes_page(names: Sequence[str], now: Tensor, learned: Tensor) -> str:
     """The likeliest classes as bars; a line in each is where the learned alpha and beta have it."""
+    moved = not torch.equal(now, learned)
     lines = []
     for i in now.topk(min(_TOP, len(names))).indices.tolist():
         name = html.escape(names[i].split(",")[0])
+        line = f'<b style="left:{100 * learned[i]:.2f}%"></b>' if moved else ""
         lines.append(
-            f'<span>{name}</span><div><i style="width:{100 * now[i]:.2f}%"></i>'
-            f'<b style="left:{100 * learned[i]:.2f}%"></b></div><span>{100 * now[i]:.1f} %</span>'
+            f'<span>{name}</span><div><i style="width:{100 * now[i]:.2f}%"></i>{line}</div>'
+            f"<span>{100 * now[i]:.1f} %</span>"
         )
-    moved = not torch.equal(now, learned)
     hint = "The line in a bar is where it was with the learned <i>α</i> and <i>β</i>." if moved else ""
     return f'<h3>What the model sees</h3><div class="classes">{"".join(lines)}</div><p class="hint">{hint}</p>'
 
@@ -565,9 +568,9 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
         with gr.Column(visible=number == 1, elem_id=f"pane{number}", elem_classes="pane") as box:
             with gr.Row():
                 if number == 1:
-                    model = gr.Dropdown(every.choices(), value=first.model, label="Model", scale=2)
-                block = gr.Dropdown([], label="Block", scale=2)
-                head = gr.Dropdown([], label="Head", scale=2)
+                    model = gr.Dropdown(every.choices(), value=first.model, label="Model", min_width=220)
+                block = gr.Dropdown([], label="Block", min_width=220)
+                head = gr.Dropdown([], label="Head", min_width=220)
             maps = gr.HTML()
             with gr.Row():
                 alpha = gr.Slider(0, 1, 0.5, step=_STEP, label="α: weight of the dynamic affinity", buttons=[])
@@ -596,7 +599,6 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
                 )
                 said = gr.HTML(elem_id="said")
                 back = gr.Button("Back to the first photo", size="sm", visible=False)
-                gr.HTML(f'<p class="hint">JPEG, PNG or WebP, up to {_MEGABYTES} MB. It is not kept.</p>')
                 anchor = gr.HTML()
             with gr.Column(scale=4, min_width=320):
                 one = create_pane(None, 1)
@@ -663,7 +665,8 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
                 words = "A link to this view would need the photo, which stays here."
             return found | {
                 place: f"<style>:root{{--x:{pixel[0]};--y:{pixel[1]};--stride:{stride}}}</style>",
-                anchor: f'<p class="link">{words}</p>',
+                anchor: f'<p class="hint">JPEG, PNG or WebP, up to {_MEGABYTES} MB; it is not kept.</p>'
+                f'<p class="link">{words}</p>',
                 said: "",
             }
 
@@ -838,7 +841,7 @@ def serve(
             inline=False,
             prevent_thread_lock=True,
             ssr_mode=False,
-            max_file_size=f"{_MEGABYTES}mb",
+            max_file_size=f"{5 * _MEGABYTES}mb",  # up to which the page says it in our words
             footer_links=[],
             # Fonts that are there: nothing is fetched from elsewhere.
             theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),

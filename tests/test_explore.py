@@ -184,6 +184,8 @@ def test_a_page_shows_the_map_where_it_belongs(explorer, photo):
 def test_classes_are_text():
     page = explore._classes_page(["<b>, x", "cat"], torch.tensor([0.75, 0.25]), torch.tensor([0.5, 0.5]))
     assert "&lt;b&gt;" in page and "75.0 %" in page and "left:50.00%" in page and "The line in a bar" in page
+    unmoved = torch.tensor([0.5, 0.5])
+    assert "left:" not in explore._classes_page(["a", "b"], unmoved, unmoved)
 
 
 @pytest.mark.parametrize(
@@ -513,11 +515,11 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     assert "would need the photo" in visit.page.locator("p.link").inner_text()
     for name, content, said in (
         ("text.png", b"no photo", "text.png is no JPEG, PNG or WebP photo that can be read"),
-        ("large.png", bytes(11 * 10**6), "File size exceeds"),
+        ("large.png", bytes(11 * 10**6), "large.png is larger than 10 MB"),
     ):
         (tmp_path / name).write_bytes(content)
         visit.page.locator("#upload input[type=file]").set_input_files(tmp_path / name)
-        visit.page.get_by_text(said).first.wait_for()
+        visit.page.get_by_role("alert").get_by_text(said, exact=True).wait_for()
         assert "Traceback" not in visit.page.content()
     visit.until_changed(lambda: visit.page.get_by_role("button", name="Back to the first photo").click())
     assert "Link to this view" in visit.page.locator("p.link").inner_text()
