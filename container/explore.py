@@ -379,7 +379,7 @@ footer {display: none !important}
 .static {border-color: #E69F00}
 h1 {font-size: 1.7rem; margin: 0}
 .equation {font-family: Georgia, "Times New Roman", serif; font-size: 1.5rem; margin: .4rem 0}
-.hint, figcaption, .link {font-size: .85rem; margin: 0; opacity: .8}
+.hint, figcaption, .here {font-size: .85rem; margin: 0; opacity: .8}
 .spot + .hint {margin-top: 6px}
 .spot {position: relative; width: 100%; aspect-ratio: 1; overflow: hidden; cursor: crosshair; border-radius: 6px}
 .spot .picture {position: absolute; inset: 0; background: var(--picture) 0 0 / 100% 100%}
@@ -403,7 +403,7 @@ h3 span {font-family: Georgia, "Times New Roman", serif; font-weight: 400}
 .classes div i {position: absolute; inset: 0 auto 0 0; background: #009E73; border-radius: 3px}
 .classes div b {position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--body-text-color)}
 #said:not(:has(.said)) {display: none}
-.link {margin-top: 10px}
+.here {margin-top: 10px}
 .said {border-left: 4px solid #D55E00; padding: 6px 10px; margin: 0; font-weight: 600}
 @media (min-width: 900px) {#given {position: sticky; top: 8px; align-self: flex-start}}
 @media (max-width: 640px) {.maps {grid-template-columns: 1fr}}
@@ -666,7 +666,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             return found | {
                 place: f"<style>:root{{--x:{pixel[0]};--y:{pixel[1]};--stride:{stride}}}</style>",
                 anchor: f'<p class="hint">JPEG, PNG or WebP, up to {_MEGABYTES} MB; it is not kept.</p>'
-                f'<p class="link">{words}</p>',
+                f'<p class="here">{words}</p>',
                 said: "",
             }
 

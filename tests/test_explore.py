@@ -399,7 +399,7 @@ class Visit:
         return self.page.locator("#pane1 .classes").inner_text()
 
     def link(self):
-        return self.page.locator(".link a").get_attribute("href")
+        return self.page.locator(".here a").get_attribute("href")
 
     def button(self, name):
         return self.page.locator("#pane1").get_by_role("button", name=name)
@@ -512,7 +512,7 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     given = visit.page.locator("#upload input[type=file]")
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     visit.until_changed(lambda: given.set_input_files(tmp_path / "red.png"), "#pane1 .classes")
-    assert "would need the photo" in visit.page.locator("p.link").inner_text()
+    assert "would need the photo" in visit.page.locator(".here").inner_text()
     for name, content, said in (
         ("text.png", b"no photo", "text.png is no JPEG, PNG or WebP photo that can be read"),
         ("large.png", bytes(11 * 10**6), "large.png is larger than 10 MB"),
@@ -521,8 +521,9 @@ def test_a_photo_of_ones_own(visit, tmp_path):
         visit.page.locator("#upload input[type=file]").set_input_files(tmp_path / name)
         visit.page.get_by_role("alert").get_by_text(said, exact=True).wait_for()
         assert "Traceback" not in visit.page.content()
+    assert list((visit.log.parent / "tmp").rglob("*.png")) == []  # as soon as they have been read
     visit.until_changed(lambda: visit.page.get_by_role("button", name="Back to the first photo").click())
-    assert "Link to this view" in visit.page.locator("p.link").inner_text()
+    assert "Link to this view" in visit.page.locator(".here").inner_text()
     assert visit.log.read_text().count("\n") == 1
 
 
