@@ -1,20 +1,26 @@
-"""The `container` command, also `python -m container`: the zoo, its weights, and timm's scripts with the models.
+"""The `container` command, also `python -m container`.
 
-container list                       the family
-container weights list               the weights, and which of them are here
-container weights show NAME          a record
-container weights verify [NAME]      files that are here, against their records
-container weights fetch NAME [--yes]
-container weights import FILE --as NAME [--out FILE] [--ema] [--trained-by TEXT] [--license ID] [--data TEXT]
-container weights export NAME FOLDER
-container predict [PHOTO ...] --model NAME[.tag]       the five likeliest classes of photos, or of one that comes along
-container figures IMAGE --model NAME[.tag] --out DIR   what each affinity does with an image, as pictures
-container export NAME[.tag] OUT --format FORMAT        a file for another runtime, ONNX Runtime and OpenVINO among them
-container probe DIR --model NAME[.tag]   k-NN and linear classification by frozen features, of any timm model
-container train [ARGUMENT ...]       trains a model: `container train --help`
-container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]
-    timm's train.py, a module, `accelerate launch ...`: with the models, also in the processes that it starts;
-    `python -m container SCRIPT` for short
+Models
+  container list                                  the family
+  container predict [PHOTO ...] --model NAME      the five likeliest classes of photos
+  container explore [PHOTO] [--model NAME]        a page: click a token and see what it reads
+  container figures PHOTO --model NAME --out DIR  the same as pictures
+  container probe DIR --model NAME                k-NN and linear classification by frozen features
+  container export NAME OUT --format FORMAT       a file for ONNX Runtime, OpenVINO or another runtime
+
+Programs
+  container train [ARGUMENT ...]                  train a model; the same as train_imagenet.py
+  container run SCRIPT | -m MODULE | COMMAND      any program, to which timm then knows these models
+
+Weights
+  container weights list                          which there are, and which are here
+  container weights show NAME                     the record of a file
+  container weights verify [NAME]                 files against their records
+  container weights fetch NAME                    download, convert, check and pin
+  container weights import FILE --as NAME         a checkpoint of your own
+  container weights export NAME DIR               a folder for timm and the Hugging Face Hub
+
+NAME is a model of timm's, such as container_light_nano, or container_light_nano.lite2_dist for certain weights.
 """
 
 import argparse
@@ -29,7 +35,7 @@ from typing import Any
 
 import torch
 
-from . import deploy, figures, predict, probe, weights, zoo
+from . import deploy, explore, figures, predict, probe, weights, zoo
 from .container import Container
 from .files import write_atomically
 from .images import open_photo
@@ -47,7 +53,9 @@ def main(argv: list[str] | None = None) -> None:
         SystemExit: With a line that says what is wrong, or because the script ended so.
     """
     argv = sys.argv[1:] if argv is None else argv
-    if argv[:1] == ["run"]:
+    if not argv:
+        _parser().print_help()
+    elif argv[:1] == ["run"]:
         run(argv[1:])
     elif argv[:1] == ["train"]:
         sys.argv[:] = ["train_imagenet.py", *argv[1:]]
@@ -107,9 +115,12 @@ def run(argv: list[str]) -> None:
 
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
-        "container", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+        "container",
+        description=__doc__,
+        epilog="`container COMMAND --help` lists the options of a command.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS)
     family = commands.add_parser("list", help="the family")
     family.add_argument("--markdown", action="store_true", help="as the table of docs/models.md")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
@@ -132,6 +143,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
     pictures.set_defaults(command=_figures)
+    page = commands.add_parser(
+        "explore", help="a page: click a place in a photo, see what it reads, move alpha and beta"
+    )
+    page.add_argument("photo", metavar="PHOTO", nargs="?", help="a file; without it, a cat that comes along")
+    page.add_argument(
+        "--model",
+        metavar="NAME[.tag]",
+        action="append",
+        default=[],
+        help=f"one to begin with, or several to choose from; {explore.MODELS[0]}; without a tag: random weights",
+    )
+    page.add_argument("--img-size", type=int, metavar="N", help="side of the square; the first model's own")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine alone")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
+    page.set_defaults(command=_explore)
     deployed = commands.add_parser("export", help="a file for another runtime, which gives the model's answers")
     deployed.add_argument("model", metavar="NAME[.tag]", help="any of timm's, with weights")
     deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pte, .pt2 or .pt")
@@ -217,6 +243,11 @@ def _figures(args: argparse.Namespace) -> None:
     pixel = tuple(args.pixel) if args.pixel else None
     for path in figures.draw(args.image, args.model, args.out, args.checkpoint, pixel, args.img_size):
         print(path)
+
+
+def _explore(args: argparse.Namespace) -> None:
+    models = dict.fromkeys([*args.model, *explore.MODELS])
+    explore.serve(list(models), args.photo, args.img_size, args.host, args.port)
 
 
 def _deploy(args: argparse.Namespace) -> None:

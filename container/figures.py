@@ -22,11 +22,25 @@ from .aggregation import Aggregation
 from .container import Container
 from .images import open_photo
 
-__all__ = ["BlockView", "draw", "draw_affinities", "entropy", "gates", "look", "reach", "rows"]
+__all__ = [
+    "COLOR_MAP",
+    "BlockView",
+    "affinities",
+    "draw",
+    "draw_affinities",
+    "entropy",
+    "gates",
+    "look",
+    "reach",
+    "rows",
+    "seen",
+    "token_at",
+    "watch",
+]
 
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
 _COLORS = {"dynamic": "#0072B2", "static": "#E69F00"}
-_MAP = "cividis"
+COLOR_MAP = "cividis"
 _NUMBERS = 2**24  # of a map and its repetitions, at most at a time
 
 
@@ -137,7 +151,8 @@ class BlockView(NamedTuple):
     reach: dict[str, Tensor]
 
 
-def _affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]]:
+def affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]]:
+    """(x, v) -> A(x) v and the number of matrices, by 'dynamic', 'static' and 'mixed', where the block has it."""
     found: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {}
     for kind in ("dynamic", "static"):
         affinity: Any = getattr(aggregation, kind)
@@ -145,6 +160,45 @@ def _affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, T
             found[kind] = affinity, affinity.num_heads
     heads = math.lcm(*(heads for _, heads in found.values()))
     return found | {"mixed": (aggregation.mix, heads)}
+
+
+def token_at(pixel: tuple[int, int], stride: int, grid: tuple[int, int]) -> tuple[int, int]:
+    """(row, column) of the token of a grid (H, W) that holds a pixel (x, y); the last ones hold what is beyond."""
+    return min(pixel[1] // stride, grid[0] - 1), min(pixel[0] // stride, grid[1] - 1)
+
+
+def watch(model: Container, image: Tensor, see: Callable[[str, Aggregation, Tensor], None]) -> Tensor:
+    """A forward pass that shows the map in front of every aggregation, one after the other, so that none is kept.
+
+    Args:
+        model: In evaluation mode, not fused.
+        image: (1, 3, H, W), normalised.
+        see: Called with an aggregation's name, itself and the map (1, C, H, W) that enters it.
+
+    Returns:
+        Logits.
+
+    Raises:
+        ValueError: The model holds no `Aggregation` or is in training mode.
+    """
+    names = {module: name for name, module in model.named_modules() if isinstance(module, Aggregation)}
+    if not names:
+        raise ValueError(f"{type(model).__name__} has no affinities to draw")
+    if model.training:
+        raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")
+
+    def hook(aggregation: nn.Module, inputs: tuple[Tensor, ...]) -> None:
+        assert isinstance(aggregation, Aggregation)
+        see(names[aggregation], aggregation, inputs[0])
+
+    handles = [module.register_forward_pre_hook(hook) for module in names]
+    try:
+        with torch.no_grad():
+            logits: Tensor = model(image)
+            return logits
+    finally:
+        for handle in handles:
+            handle.remove()
 
 
 def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int = 5) -> list[BlockView]:
@@ -163,25 +217,17 @@ def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int =
     x, y = pixel
     if not (0 <= x < width and 0 <= y < height):
         raise ValueError(f"pixel ({x}, {y}) is not in the image of {width} x {height}")
-    names = {module: name for name, module in model.named_modules() if isinstance(module, Aggregation)}
-    if not names:
-        raise ValueError(f"{type(model).__name__} has no affinities to draw")
-    if model.training:
-        raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")
     views = []
 
-    def hook(aggregation: nn.Module, inputs: tuple[Tensor, ...]) -> None:
-        (map_,) = inputs
-        assert isinstance(aggregation, Aggregation)
-        name = names[aggregation]
+    def see(name: str, aggregation: Aggregation, map_: Tensor) -> None:
         stage = int(name.split(".")[1])
         stride = model.feature_info[stage]["reduction"]
         grid = (map_.shape[-2], map_.shape[-1])
-        token = (min(y // stride, grid[0] - 1), min(x // stride, grid[1] - 1))
+        token = token_at(pixel, stride, grid)
         even = [[round((i + 0.5) * n / samples - 0.5) for i in range(samples)] for n in grid]
         spread = sorted({(row, column) for row in even[0] for column in even[1]})
         drawn, entropies, reaches = {}, {}, {}
-        for kind, (apply, heads) in _affinities(aggregation).items():
+        for kind, (apply, heads) in affinities(aggregation).items():
             drawn[kind] = rows(apply, heads, map_, [token])[0].abs().mean(0)
             measured = []
             for some in _split(spread, map_):
@@ -190,13 +236,7 @@ def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int =
             entropies[kind], reaches[kind] = torch.cat(measured, dim=1).mean(1)
         views.append(BlockView(name, stage, stride, grid, token, drawn, entropies, reaches))
 
-    handles = [module.register_forward_pre_hook(hook) for module in names]
-    try:
-        with torch.no_grad():
-            model(image)
-    finally:
-        for handle in handles:
-            handle.remove()
+    watch(model, image, see)
     return views
 
 
@@ -225,7 +265,7 @@ def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None
     height, width = map_.shape
     axes.imshow(
         map_.numpy(force=True),
-        cmap=_MAP,
+        cmap=COLOR_MAP,
         vmin=0,
         extent=(-0.5, width * stride - 0.5, height * stride - 0.5, -0.5),
         alpha=0.8,
@@ -336,14 +376,14 @@ def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: 
     line[0].set_title(f"image, {picture.height} x {picture.width}", fontsize=10)
     for axes, map_, info in zip(line[1:], maps, model.feature_info, strict=True):
         norm = map_[0].float().norm(dim=0)
-        axes.imshow(norm.numpy(force=True), cmap=_MAP)
+        axes.imshow(norm.numpy(force=True), cmap=COLOR_MAP)
         axes.set_axis_off()
         axes.set_title(f"stride {info['reduction']}: {map_.shape[1]} x {norm.shape[0]} x {norm.shape[1]}", fontsize=10)
     figure.suptitle(f"{title}\nlength of the feature vectors", fontsize=10)
     return figure
 
 
-def _seen(photo: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Image.Image]:
+def seen(photo: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Image.Image]:
     """What a model is given of a photo (1, 3, H, W), and the same as a picture."""
     picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
     given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
@@ -363,7 +403,7 @@ def draw_affinities(photo: Image.Image, model: Container, file: str | Path, titl
         OSError: The file cannot be written.
         ValueError: The model is in training mode.
     """
-    given, shown = _seen(photo, resolve_model_data_config(model))
+    given, shown = seen(photo, resolve_model_data_config(model))
     pixel = (shown.width // 2, shown.height // 2)
     figure = _draw_affinities(look(model, given, pixel, samples=1), shown, pixel, title)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
@@ -410,7 +450,7 @@ def draw(
         network.set_input_size(img_size)
     config = resolve_model_data_config(network)
     side = img_size or config["input_size"][-1]
-    given, shown = _seen(photo, config | dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center"))
+    given, shown = seen(photo, config | dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center"))
     pixel = (side // 2, side // 2) if pixel is None else pixel
     views = look(network, given, pixel)
     title = (

@@ -8,7 +8,7 @@ from conftest import ROOT
 
 # From the lowest up; a module may import those before it.
 ROOMS = ["files", "images", "affinity", "aggregation", "container", "weights", "fuse"]
-ROOMS += ["detection", "yolo", "figures", "zoo", "predict"]
+ROOMS += ["detection", "yolo", "figures", "zoo", "predict", "explore"]
 TRAINING = [
     "seeding",
     "depthwise",

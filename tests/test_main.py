@@ -118,7 +118,7 @@ def test_training_from_the_command(tmp_path):
 @pytest.mark.parametrize(
     "arguments, message",
     [
-        ([], "arguments are required: COMMAND"),
+        (["weights"], "arguments are required: COMMAND"),
         (["nothing.py"], "no script and no command nothing.py"),
         (["run"], "usage: container run SCRIPT | -m MODULE | COMMAND"),
         (["run", "nothing"], "no script and no command nothing"),

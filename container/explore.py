@@ -1,0 +1,854 @@
+"""A page on which one clicks a place in a photo, sees what it reads, and watches convolution become attention.
+
+`container explore [PHOTO] --model NAME[.tag]` serves it on this machine. Maps are tiny pictures, one pixel a token,
+which the browser enlarges over the photo. A click costs a backward pass through each affinity of one block, as in
+`figures.rows`, for the maps that enter the blocks are kept; alpha and beta cost the mixed map no pass at all, for it is
+the sum of two rows.
+"""
+
+import base64
+import html
+import importlib.util
+import io
+import math
+import os
+import signal
+import socket
+import tempfile
+import threading
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
+from functools import lru_cache, wraps
+from pathlib import Path
+from typing import Any, NamedTuple
+from urllib.parse import urlencode
+
+import timm
+import torch
+from PIL import Image
+from timm.data import resolve_model_data_config
+from torch import Tensor, nn
+
+from . import figures, weights
+from .aggregation import Aggregation, FreeGate
+from .container import Container
+from .images import open_photo
+from .predict import SAMPLE, class_names
+
+__all__ = [
+    "MODELS",
+    "BlockInfo",
+    "Explorer",
+    "Pane",
+    "Row",
+    "build",
+    "link",
+    "open_upload",
+    "paint",
+    "read_link",
+    "serve",
+]
+
+MODELS = ("container_nano.lite2_dist", "container_light_nano.lite2_dist", "container_mixer")
+_MEGABYTES = 10
+_MEGAPIXELS = 50
+_KINDS = ("JPEG", "PNG", "WEBP")
+_TOP = 5
+_STEP = 0.001  # of alpha and beta
+_TITLE = "What does a token read?"
+
+
+class BlockInfo(NamedTuple):
+    """A block that can be looked into.
+
+    Attributes:
+        name: Its aggregation's name in the model.
+        stage: Its stage, from 0.
+        stride: Pixels per token.
+        heads: How many heads there are to choose from; a static affinity may have several matrices in each.
+        alpha: The learned weight of its dynamic affinity.
+        beta: The learned weight of its static affinity.
+        kinds: 'dynamic', 'static', or both, and 'mixed'.
+    """
+
+    name: str
+    stage: int
+    stride: int
+    heads: int
+    alpha: float
+    beta: float
+    kinds: tuple[str, ...]
+
+    @property
+    def gated(self) -> bool:
+        """Whether there are two affinities to mix."""
+        return len(self.kinds) == 3
+
+
+class Row(NamedTuple):
+    """What a token reads.
+
+    Attributes:
+        values: (H, W), |A_ij| over all tokens j, the mean over heads.
+        entropy: Of these values, in bits.
+        reach: Of these values, in pixels.
+    """
+
+    values: Tensor
+    entropy: float
+    reach: float
+
+
+class Explorer:
+    """A model whose blocks are looked into, one photo and one place after the other, by any number of threads.
+
+    A photo is the square that the model sees, as `side` x `side` x 3 bytes of RGB.
+
+    Args:
+        model: In evaluation mode, not fused.
+        side: Pixels.
+
+    Raises:
+        ValueError: The model is none of this family, or has no classifier.
+    """
+
+    def __init__(self, model: Any, side: int) -> None:
+        if not isinstance(model, Container):
+            raise ValueError(f"{type(model).__name__} has no affinities to look into")
+        self.model, self.side = model, side
+        self.classes = class_names(model)
+        # Also of the passes that read the model: one of them may have another gate in it.
+        self._lock = threading.Lock()
+        self._config = resolve_model_data_config(model) | dict(
+            input_size=(3, side, side), crop_pct=1.0, crop_mode="center"
+        )
+        self.blocks = []
+        for name, (alpha, beta) in figures.gates(model).items():
+            stage = int(name.split(".")[1])
+            matrices = {kind: heads for kind, (_, heads) in figures.affinities(self._aggregation(name)).items()}
+            stride = model.feature_info[stage]["reduction"]
+            self.blocks.append(
+                BlockInfo(name, stage, stride, math.gcd(*matrices.values()), alpha, beta, tuple(matrices))
+            )
+        # Of a handful of photos, and of the places between which one goes back and forth.
+        self.maps = lru_cache(8)(self._maps)
+        self.rows = lru_cache(64)(self._rows)
+        self.probabilities = lru_cache(64)(self._probabilities)
+
+    def _aggregation(self, name: str) -> Aggregation:
+        module = self.model.get_submodule(name)
+        assert isinstance(module, Aggregation)
+        return module
+
+    def block(self, number: int) -> BlockInfo:
+        """A block by its number.
+
+        Args:
+            number: From 1.
+
+        Raises:
+            ValueError: There is no such block.
+        """
+        if not 1 <= number <= len(self.blocks):
+            raise ValueError(f"there are blocks 1 to {len(self.blocks)}, and no block {number}")
+        return self.blocks[number - 1]
+
+    def _given(self, photo: bytes) -> Tensor:
+        return figures.seen(Image.frombytes("RGB", (self.side, self.side), photo), self._config)[0]
+
+    def _maps(self, photo: bytes) -> dict[str, Tensor]:
+        """The map (1, C, H, W) that enters each aggregation, by its name."""
+        found = {}
+
+        def see(name: str, aggregation: Aggregation, map_: Tensor) -> None:
+            found[name] = map_
+
+        with self._lock:
+            figures.watch(self.model, self._given(photo), see)
+        return found
+
+    def _rows(self, photo: bytes, number: int, token: tuple[int, int]) -> dict[str, Tensor]:
+        """A token's row (M, H, W) of each affinity of a block, by 'dynamic' and 'static'."""
+        block = self.block(number)
+        x = self.maps(photo)[block.name]
+        return {
+            kind: figures.rows(apply, heads, x, [token])[0]
+            for kind, (apply, heads) in figures.affinities(self._aggregation(block.name)).items()
+            if kind != "mixed"
+        }
+
+    def look(
+        self, photo: bytes, number: int, pixel: tuple[int, int], alpha: float, beta: float, head: int = 0
+    ) -> dict[str, Row]:
+        """What the token at a pixel reads in a block, by 'dynamic', 'static' and 'mixed', where the block has it.
+
+        Args:
+            photo: The square.
+            number: The block, from 1.
+            pixel: (x, y), from the upper left corner.
+            alpha: Weight of the dynamic affinity in the mixed one; 1 where it is alone.
+            beta: Weight of the static affinity in the mixed one; 1 where it is alone.
+            head: From 1; 0 for the mean over all.
+
+        Raises:
+            ValueError: There is no such block, head or pixel.
+        """
+        block = self.block(number)
+        if not 0 <= head <= block.heads:
+            raise ValueError(f"there are heads 1 to {block.heads}, and no head {head}")
+        if not all(0 <= place < self.side for place in pixel):
+            raise ValueError(f"x and y go from 0 to {self.side - 1}: pixel {pixel} is not in the photo")
+        x = self.maps(photo)[block.name]
+        token = figures.token_at(pixel, block.stride, (x.shape[-2], x.shape[-1]))
+        rows = dict(self.rows(photo, number, token))
+        heads = math.lcm(*map(len, rows.values()))
+        weight = dict(dynamic=alpha, static=beta) if block.gated else dict.fromkeys(rows, 1.0)
+        # As `Aggregation.matrix` writes it out.
+        spread = [weight[kind] * row.repeat_interleave(heads // len(row), dim=0) for kind, row in rows.items()]
+        rows["mixed"] = torch.stack(spread).sum(0)
+        found = {}
+        for kind, row in rows.items():
+            own = row.unflatten(0, (block.heads, -1))
+            values = (own if head == 0 else own[head - 1 : head]).abs().mean((0, 1))
+            drawn = values[None, None]
+            found[kind] = Row(values, figures.entropy(drawn).item(), figures.reach(drawn, [token], block.stride).item())
+        return found
+
+    @contextmanager
+    def _mixed_by(self, block: BlockInfo, alpha: float, beta: float) -> Iterator[None]:
+        """Another gate in a block; the caller holds the lock."""
+        aggregation = self._aggregation(block.name)
+        learned, gate = aggregation.gate, FreeGate()
+        nn.init.constant_(gate.alpha, alpha)
+        nn.init.constant_(gate.beta, beta)
+        aggregation.gate = gate
+        try:
+            yield
+        finally:
+            aggregation.gate = learned
+
+    def _probabilities(self, photo: bytes, number: int, alpha: float, beta: float) -> Tensor:
+        """Of each class, by the model with these alpha and beta in one block."""
+        block = self.block(number)
+        with torch.no_grad(), self._lock, self._mixed_by(block, alpha, beta):
+            logits: Tensor = self.model(self._given(photo))[0]
+            return logits.float().softmax(0)
+
+
+class Pane(NamedTuple):
+    """What one model is asked.
+
+    Attributes:
+        model: Its name.
+        block: From 1.
+        head: From 1; 0 for the mean over all.
+        alpha: Weight of the block's dynamic affinity; None for the learned one.
+        beta: Weight of the block's static affinity; None for the learned one.
+    """
+
+    model: str
+    block: int
+    head: int = 0
+    alpha: float | None = None
+    beta: float | None = None
+
+
+def link(pixel: tuple[int, int], panes: Sequence[Pane]) -> str:
+    """The query of a link to what is on the page, `?x=64&y=40&model=...`; `read_link` reads it."""
+    query: dict[str, Any] = dict(x=pixel[0], y=pixel[1])
+    for pane, end in zip(panes, ("", "2"), strict=False):
+        query |= {f"{key}{end}": value for key, value in pane._asdict().items() if value is not None}
+    return f"?{urlencode(query)}"
+
+
+def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[int, int] | None, list[Pane]]:
+    """The pixel (x, y), if there is one, and the panes that a link asks for.
+
+    Args:
+        query: Its parameters; those of others are left alone.
+        models: Names of the models that there are.
+
+    Raises:
+        ValueError: There is no such model, or a number is none.
+    """
+
+    def number(key: str, kind: Callable[[str], Any], otherwise: Any) -> Any:
+        try:
+            value = kind(query[key]) if key in query else otherwise
+            if value is None or math.isfinite(value):
+                return value
+        except ValueError:
+            pass
+        raise ValueError(f"the link's {key} is no {'whole ' if kind is int else ''}number: {query[key][:40]}")
+
+    panes = []
+    for end in ("", "2"):
+        if name := query.get(f"model{end}"):
+            if name not in models:
+                raise ValueError(f"the link names another model than {', '.join(models)}: {name[:60]}")
+            alpha, beta = number(f"alpha{end}", float, None), number(f"beta{end}", float, None)
+            panes.append(Pane(name, number(f"block{end}", int, 1), number(f"head{end}", int, 0), alpha, beta))
+    x, y = number("x", int, None), number("y", int, None)
+    return (None if x is None or y is None else (x, y)), panes
+
+
+def open_upload(path: str | Path) -> Image.Image:
+    """A photo that a visitor gives.
+
+    Args:
+        path: The file; messages have its name, not its place.
+
+    Raises:
+        ValueError: It is no JPEG, PNG or WebP, a damaged one, or too large.
+    """
+    name = Path(path).name
+    if os.path.getsize(path) > _MEGABYTES * 10**6:
+        raise ValueError(f"{name} is larger than {_MEGABYTES} MB")
+    try:
+        with Image.open(path, formats=_KINDS) as image:
+            pixels = image.width * image.height
+    except Exception:  # whatever a damaged or foreign file makes a decoder raise
+        raise ValueError(f"{name} is no JPEG, PNG or WebP photo that can be read") from None
+    if pixels > _MEGAPIXELS * 10**6:
+        raise ValueError(f"{name} has more than {_MEGAPIXELS} million pixels")
+    try:
+        return open_photo(path)
+    except ValueError as error:
+        raise ValueError(str(error).replace(str(path), name)) from None
+
+
+def paint(values: Tensor) -> Image.Image:
+    """A map (H, W) in colours, from 0 to its largest value, one pixel a token."""
+    shares = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
+    return Image.fromarray(_colors(shares.numpy(force=True), bytes=True)[..., :3])
+
+
+def _colors(*args: Any, **kwargs: Any) -> Any:
+    from matplotlib import colormaps
+
+    return colormaps[figures.COLOR_MAP](*args, **kwargs)
+
+
+def _data_uri(picture: Image.Image, kind: str = "png", **options: Any) -> str:
+    file = io.BytesIO()
+    picture.save(file, kind, **options)
+    return f"data:image/{kind};base64,{base64.b64encode(file.getvalue()).decode()}"
+
+
+_HEADER = """
+<h1>What does a token read?</h1>
+<p class="equation"><i>Y</i> = ( <i>α</i> <span class="dynamic"><i>A</i>(<i>X</i>)</span> + <i>β</i> <span
+class="static"><i>A</i></span> ) <i>V</i> <i>W</i> + <i>X</i></p>
+<p>A block mixes two affinities: attention, <span class="dynamic"><i>A</i>(<i>X</i>)</span>, is computed from the photo;
+convolution, <span class="static"><i>A</i></span>, is learned once for all photos. Click a place in the photo: what it
+reads is bright. Move <i>α</i> and <i>β</i>: convolution becomes attention, and the answer changes.</p>
+"""
+
+# The place is in the page's style, so that a circle in every picture follows without being drawn again.
+_PHOTO = """
+<div class="spot photo" tabindex="0" role="application" aria-label="Photo. Click a place, or move it by arrow keys.">
+<div class="picture"></div><div class="ring"></div></div>
+<p class="hint">Click a place, here or in a map. Arrow keys move it by one token.</p>
+"""
+
+_SCRIPT = """
+const number = name => Number(getComputedStyle(document.documentElement).getPropertyValue(name));
+const go = (x, y) => {
+    const last = number('--side') - 1;
+    trigger('place', {x: Math.min(Math.max(x, 0), last), y: Math.min(Math.max(y, 0), last)});
+};
+document.addEventListener('click', event => {
+    const spot = event.target.closest('.spot');
+    if (!spot) return;
+    const box = spot.getBoundingClientRect(), scale = number('--side') / box.width;
+    go(Math.floor((event.clientX - box.left) * scale), Math.floor((event.clientY - box.top) * scale));
+});
+element.addEventListener('keydown', event => {
+    const step = {ArrowLeft: [-1, 0], ArrowRight: [1, 0], ArrowUp: [0, -1], ArrowDown: [0, 1]}[event.key];
+    if (!step) return;
+    event.preventDefault();
+    go(number('--x') + step[0] * number('--stride'), number('--y') + step[1] * number('--stride'));
+});
+"""
+
+_CSS = """
+.unseen {display: none}
+footer {display: none !important}
+.gradio-container {max-width: 1500px !important; margin: auto}
+.dynamic, .static {border-bottom: 3px solid #0072B2; padding: 0 1px}
+.static {border-color: #E69F00}
+h1 {font-size: 1.7rem; margin: 0}
+.equation {font-family: Georgia, "Times New Roman", serif; font-size: 1.5rem; margin: .4rem 0}
+.hint, figcaption, .here {font-size: .85rem; margin: 0; opacity: .8}
+.spot + .hint {margin-top: 6px}
+.spot {position: relative; width: 100%; aspect-ratio: 1; overflow: hidden; cursor: crosshair; border-radius: 6px}
+.spot .picture {position: absolute; inset: 0; background: var(--picture) 0 0 / 100% 100%}
+.map .picture {filter: grayscale(1)}
+.spot img {position: absolute; left: 0; top: 0; max-width: none; opacity: .8; image-rendering: pixelated; margin: 0}
+.ring {position: absolute; width: 16px; height: 16px; margin: -8px; border: 2px solid #D55E00; border-radius: 50%;
+    box-shadow: 0 0 0 2px white, inset 0 0 0 2px white; left: calc((var(--x) + .5) / var(--side) * 100%);
+    top: calc((var(--y) + .5) / var(--side) * 100%); pointer-events: none}
+.spot:focus-visible {outline: 3px solid #56B4E9; outline-offset: 2px}
+.maps {display: grid; grid-template-columns: repeat(3, minmax(0, 1fr)); gap: 14px}
+.map {margin: 0}
+h3 {font-size: 1rem !important; margin: 0 0 4px !important; font-weight: 600}
+h3 span {font-family: Georgia, "Times New Roman", serif; font-weight: 400}
+.map .none {display: grid; place-items: center; aspect-ratio: 1; border: 1px dashed var(--border-color-primary);
+    border-radius: 6px; text-align: center; padding: 8px; opacity: .8}
+.bar {display: flex; align-items: center; gap: 6px; margin: 6px 0; font-size: .8rem}
+.bar i {flex: 1; max-width: 220px; height: 8px; border-radius: 4px}
+.classes {display: grid; grid-template-columns: minmax(7rem, max-content) 1fr max-content; gap: 3px 10px; width: 100%;
+    align-items: center; font-size: .9rem}
+.classes div {height: 10px; position: relative; background: var(--border-color-primary); border-radius: 3px}
+.classes div i {position: absolute; inset: 0 auto 0 0; background: #009E73; border-radius: 3px}
+.classes div b {position: absolute; top: -3px; bottom: -3px; width: 2px; background: var(--body-text-color)}
+#said:not(:has(.said)) {display: none}
+.here {margin-top: 10px}
+.said {border-left: 4px solid #D55E00; padding: 6px 10px; margin: 0; font-weight: 600}
+@media (min-width: 900px) {#given {position: sticky; top: 8px; align-self: flex-start}}
+@media (max-width: 640px) {.maps {grid-template-columns: 1fr}}
+"""
+
+_TITLES = {
+    "dynamic": ("Dynamic", '<span class="dynamic"><i>A</i>(<i>X</i>)</span>'),
+    "static": ("Static", '<span class="static"><i>A</i></span>'),
+    "mixed": ("Mixed", "<i>α</i> <i>A</i>(<i>X</i>) + <i>β</i> <i>A</i>"),
+}
+
+
+def _maps_page(views: dict[str, Row], block: BlockInfo, side: int) -> str:
+    """Three maps beside each other, and what their colours mean."""
+    found = []
+    for kind, (word, formula) in _TITLES.items():
+        title = f"<h3>{word} <span>{formula}</span></h3>"
+        if kind not in views:
+            found.append(
+                f'<figure class="map">{title}<div class="none">This block has no {kind} affinity.</div></figure>'
+            )
+            continue
+        row = views[kind]
+        height, width = row.values.shape
+        size = f"width:{100 * width * block.stride / side:.4f}%;height:{100 * height * block.stride / side:.4f}%"
+        said = f"{row.entropy:.1f} bits of entropy, reach {row.reach:.0f} pixels"
+        found.append(
+            f'<figure class="map" data-kind="{kind}">{title}<div class="spot"><div class="picture"></div>'
+            f'<img src="{_data_uri(paint(row.values))}" style="{size}" alt="{word} map: {said}">'
+            f'<div class="ring"></div></div><figcaption>entropy <b>{row.entropy:.2f} bits</b> of '
+            f"{math.log2(height * width):.0f}<br>reach <b>{row.reach:.1f} pixels</b><br>largest entry "
+            f"<b>{row.values.max():.2g}</b></figcaption></figure>"
+        )
+    stops = ",".join(f"rgb({r},{g},{b})" for r, g, b, _ in _colors([0, 0.25, 0.5, 0.75, 1.0], bytes=True))
+    bar = f'<div class="bar">reads nothing<i style="background:linear-gradient(90deg,{stops})"></i>largest entry</div>'
+    return f'<div class="maps">{"".join(found)}</div>{bar}'
+
+
+def _classes_page(names: Sequence[str], now: Tensor, learned: Tensor) -> str:
+    """The likeliest classes as bars; a line in each is where the learned alpha and beta have it."""
+    moved = not torch.equal(now, learned)
+    lines = []
+    for i in now.topk(min(_TOP, len(names))).indices.tolist():
+        name = html.escape(names[i].split(",")[0])
+        line = f'<b style="left:{100 * learned[i]:.2f}%"></b>' if moved else ""
+        lines.append(
+            f'<span>{name}</span><div><i style="width:{100 * now[i]:.2f}%"></i>{line}</div>'
+            f"<span>{100 * now[i]:.1f} %</span>"
+        )
+    hint = "The line in a bar is where it was with the learned <i>α</i> and <i>β</i>." if moved else ""
+    return f'<h3>What the model sees</h3><div class="classes">{"".join(lines)}</div><p class="hint">{hint}</p>'
+
+
+class _Controls(NamedTuple):
+    """What a visitor sets for one model, and where the answer is drawn: Gradio's components."""
+
+    box: Any
+    model: Any
+    block: Any
+    head: Any
+    alpha: Any
+    beta: Any
+    attention: Any
+    convolution: Any
+    learned: Any
+    note: Any
+    maps: Any
+    classes: Any
+
+
+class _Models:
+    """The models of a page, which are made when they are first looked into, and what they all see of a photo."""
+
+    def __init__(self, names: Sequence[str], img_size: int | None) -> None:
+        for name in names:
+            if name.partition(".")[0] not in timm.list_models(module="container"):
+                raise ValueError(f"no model {name.partition('.')[0]!r} in this family: `container list` has them")
+        first = weights.create(names[0], img_size=img_size)
+        self._config = resolve_model_data_config(first)
+        self.names, self.side = list(dict.fromkeys(names)), self._config["input_size"][-1]
+        if self.side < first.feature_info[-1]["reduction"]:
+            raise ValueError(
+                f"{self.side} pixels are no token of {names[0]}: {first.feature_info[-1]['reduction']} are one"
+            )
+        self._made = {names[0]: Explorer(first, self.side)}
+        self._lock = threading.Lock()
+
+    def __getitem__(self, name: str) -> Explorer:
+        with self._lock:
+            if name not in self._made:
+                self._made[name] = Explorer(weights.create(name, img_size=self.side), self.side)
+            return self._made[name]
+
+    def square(self, photo: Image.Image) -> bytes:
+        """What the first model sees of a photo when it is evaluated; so do the others."""
+        return figures.seen(photo, self._config)[1].tobytes()
+
+    def first_pane(self) -> Pane:
+        """Where there is something to mix and tokens enough to see it: the last such block of the earliest stage.
+
+        Not of the very first, whose tokens have hardly met.
+        """
+        blocks = list(enumerate(self[self.names[0]].blocks, 1))
+        mixing = [(number, block) for number, block in blocks if block.gated] or blocks
+        stage = min((block.stage for _, block in mixing if block.stage), default=0)
+        return Pane(self.names[0], max(number for number, block in mixing if block.stage == stage))
+
+    def first_pixel(self) -> tuple[int, int]:
+        """An eye of the sample; it reads the other one."""
+        return int(0.35 * self.side), int(0.43 * self.side)
+
+    def choices(self) -> list[tuple[str, str]]:
+        """(what a visitor reads, name) of each."""
+        return [(name if "." in name else f"{name} (random weights)", name) for name in self.names]
+
+    def settled(self, pane: Pane) -> Pane:
+        """A pane whose alpha and beta are None where they are the learned ones, to the steps of a slider."""
+        block = self[pane.model].block(pane.block)
+        alpha, beta = (
+            None if given is None or not block.gated or abs(given - learned) < _STEP / 2 else given
+            for given, learned in ((pane.alpha, block.alpha), (pane.beta, block.beta))
+        )
+        return pane._replace(alpha=alpha, beta=beta)
+
+    def pages(self, square: bytes, pixel: tuple[int, int], pane: Pane) -> tuple[str, str]:
+        """The maps of a pane and its classes, as HTML."""
+        explorer = self[pane.model]
+        block = explorer.block(pane.block)
+        alpha = block.alpha if pane.alpha is None else pane.alpha
+        beta = block.beta if pane.beta is None else pane.beta
+        views = explorer.look(square, pane.block, pixel, alpha, beta, pane.head)
+        learned = explorer.probabilities(square, pane.block, block.alpha, block.beta)
+        now = explorer.probabilities(square, pane.block, alpha, beta)
+        return _maps_page(views, block, self.side), _classes_page(explorer.classes, now, learned)
+
+
+def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_size: int | None = None) -> Any:
+    """The page, a `gradio.Blocks`.
+
+    Args:
+        models: `NAME.tag` for published weights, `NAME` for random ones; the first is shown, others are made when they
+            are chosen.
+        photo: To begin with, in RGB; the package's sample if None, of which alone there are links.
+        img_size: Side in pixels of the square that every model sees; that of the first one's weights if None.
+
+    Raises:
+        ImportError: Gradio or Matplotlib is not installed.
+        RuntimeError: The first model's weights cannot be had.
+        ValueError: A model is none of this family, or the image is too small for the first.
+    """
+    for module in ("gradio", "matplotlib"):
+        if importlib.util.find_spec(module) is None:
+            raise ImportError(f'the page needs {module}: pip install "container-timm[explore]"')
+    import gradio as gr
+
+    every = _Models(models, img_size)
+    side, first, start = every.side, every.first_pane(), every.first_pixel()
+    own = photo is not None
+    sample = every.square(open_photo(SAMPLE) if photo is None else photo)
+
+    def create_pane(model: Any, number: int) -> _Controls:
+        with gr.Column(visible=number == 1, elem_id=f"pane{number}", elem_classes="pane") as box:
+            with gr.Row():
+                if number == 1:
+                    model = gr.Dropdown(every.choices(), value=first.model, label="Model", min_width=220)
+                block = gr.Dropdown([], label="Block", min_width=220)
+                head = gr.Dropdown([], label="Head", min_width=220)
+            maps = gr.HTML()
+            with gr.Row():
+                alpha = gr.Slider(0, 1, 0.5, step=_STEP, label="α: weight of the dynamic affinity", buttons=[])
+                beta = gr.Slider(0, 1, 0.5, step=_STEP, label="β: weight of the static affinity", buttons=[])
+            with gr.Row():
+                attention = gr.Button("Attention: α = 1, β = 0", size="sm")
+                convolution = gr.Button("Convolution: α = 0, β = 1", size="sm")
+                learned = gr.Button("Reset to what was learned", size="sm")
+            note, classes = gr.HTML(), gr.HTML()
+        return _Controls(box, model, block, head, alpha, beta, attention, convolution, learned, note, maps, classes)
+
+    with gr.Blocks(analytics_enabled=False, title=_TITLE, delete_cache=(600, 600)) as page:
+        square = gr.State(sample)
+        gr.HTML(_HEADER)
+        style, place = gr.HTML(elem_classes="unseen"), gr.HTML(elem_classes="unseen")
+        with gr.Row():
+            with gr.Column(scale=1, min_width=280, elem_id="given"):
+                spot = gr.HTML(_PHOTO, js_on_load=_SCRIPT)
+                with gr.Row():
+                    x, y = (
+                        gr.Number(place, label=f"{axis}, pixels", precision=0, min_width=80, elem_id=axis)
+                        for axis, place in zip("xy", start, strict=True)
+                    )
+                upload = gr.File(
+                    label="Your own photo", file_types=[".jpg", ".jpeg", ".png", ".webp"], height=150, elem_id="upload"
+                )
+                said = gr.HTML(elem_id="said")
+                back = gr.Button("Back to the first photo", size="sm", visible=False)
+                anchor = gr.HTML()
+            with gr.Column(scale=4, min_width=320):
+                one = create_pane(None, 1)
+                second = gr.Dropdown(
+                    [("no other model", ""), *every.choices()], value="", label="Compare with", elem_id="second"
+                )
+                two = create_pane(second, 2)
+
+        def asked(values: dict[Any, Any]) -> list[Pane]:
+            """The panes that are on the page."""
+            return [
+                every.settled(Pane(*(values[part] for part in (c.model, c.block, c.head, c.alpha, c.beta))))
+                for c in (one, two)
+                if values[c.model] and values[c.block]
+            ]
+
+        def pixel_of(values: dict[Any, Any]) -> tuple[int, int]:
+            if values[x] is None or values[y] is None:
+                raise ValueError(f"x and y are pixels from 0 to {side - 1}")
+            return int(values[x]), int(values[y])
+
+        def controls(c: _Controls, pane: Pane) -> dict[Any, Any]:
+            """Everything that a visitor may set in a pane, as it is there."""
+            blocks = every[pane.model].blocks
+            block = every[pane.model].block(pane.block)
+            before = [sum(other.stage < b.stage for other in blocks) for b in blocks]
+            names = [(f"stage {b.stage + 1}, block {n - before[n - 1]}", n) for n, b in enumerate(blocks, 1)]
+            heads = [(f"mean of {block.heads} heads", 0), *((f"head {n}", n) for n in range(1, block.heads + 1))]
+            if block.heads == 1:
+                heads = [("the only one", 0)]
+            sliders = {
+                slider: gr.update(
+                    value=round(learned if given is None else given, 3),
+                    minimum=min(0, math.floor(learned)),
+                    maximum=max(1, math.ceil(learned)),
+                    interactive=block.gated,
+                )
+                for slider, given, learned in ((c.alpha, pane.alpha, block.alpha), (c.beta, pane.beta, block.beta))
+            }
+            if block.gated:
+                note = f"Learned here: <i>α</i> = {block.alpha:.3f}, <i>β</i> = {block.beta:.3f}."
+            else:
+                note = f"This block has a {block.kinds[0]} affinity alone: there is nothing to mix."
+            if "." not in pane.model:
+                note += " The weights are random, so the classes mean nothing."
+            return sliders | {
+                c.box: gr.update(visible=True),
+                c.model: pane.model,
+                c.block: gr.update(choices=names, value=pane.block),
+                c.head: gr.update(choices=heads, value=pane.head),
+                c.note: f'<p class="hint">{note}</p>',
+                **{button: gr.update(interactive=block.gated) for button in (c.attention, c.convolution, c.learned)},
+            }
+
+        def views(photo: bytes, pixel: tuple[int, int], panes: list[Pane]) -> dict[Any, Any]:
+            """Everything that is drawn."""
+            found = {}
+            for c, pane in zip((one, two), panes, strict=False):
+                found[c.maps], found[c.classes] = every.pages(photo, pixel, pane)
+            stride = every[panes[0].model].block(panes[0].block).stride
+            if photo == sample and not own:
+                words = f'<a href="{html.escape(link(pixel, panes))}" target="_blank">Link to this view</a>'
+            else:
+                words = "A link to this view would need the photo, which stays here."
+            return found | {
+                place: f"<style>:root{{--x:{pixel[0]};--y:{pixel[1]};--stride:{stride}}}</style>",
+                anchor: f'<p class="hint">JPEG, PNG or WebP, up to {_MEGABYTES} MB; it is not kept.</p>'
+                f'<p class="here">{words}</p>',
+                said: "",
+            }
+
+        def shown(photo: bytes) -> dict[Any, Any]:
+            picture = _data_uri(Image.frombytes("RGB", (side, side), photo), "webp", quality=95)
+            return {
+                square: photo,
+                style: f"<style>:root{{--side:{side};--picture:url({picture})}}</style>",
+                back: gr.update(visible=photo != sample),
+            }
+
+        def told(answer: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
+            """A visitor's mistake is a line on the page."""
+
+            @wraps(answer)
+            def answered(*args: Any) -> dict[Any, Any]:
+                try:
+                    return answer(*args)
+                except (OSError, RuntimeError, ValueError) as error:
+                    return {said: f'<p class="said" role="alert">{html.escape(str(error).splitlines()[0])}</p>'}
+
+            return answered
+
+        @told
+        def look(values: dict[Any, Any]) -> dict[Any, Any]:
+            return views(values[square], pixel_of(values), asked(values))
+
+        @told
+        def click(values: dict[Any, Any], event: gr.EventData) -> dict[Any, Any]:
+            pixel = (event.x, event.y)
+            return {x: pixel[0], y: pixel[1]} | views(values[square], pixel, asked(values))
+
+        def choose(number: int, change: Callable[[Pane], Pane]) -> Callable[..., dict[Any, Any]]:
+            """Sets a pane to something else."""
+
+            @told
+            def chosen(values: dict[Any, Any]) -> dict[Any, Any]:
+                panes = asked(values)
+                panes[number] = every.settled(change(panes[number]))
+                found = controls((one, two)[number], panes[number])
+                return found | views(values[square], pixel_of(values), panes)
+
+            return chosen
+
+        def of_another(pane: Pane) -> Pane:
+            """A pane of a model that has been chosen, with its learned alpha and beta, at the same block if it can."""
+            return Pane(pane.model, min(pane.block, len(every[pane.model].blocks)))
+
+        def of_block(pane: Pane) -> Pane:
+            return Pane(pane.model, pane.block)
+
+        @told
+        def compare(values: dict[Any, Any]) -> dict[Any, Any]:
+            (pane, *_) = panes = asked({**values, second: ""})
+            found = {two.box: gr.update(visible=False)}
+            if values[second]:
+                panes.append(of_another(pane._replace(model=values[second])))
+                found = controls(two, panes[1])
+            return found | views(values[square], pixel_of(values), panes)
+
+        @told
+        def receive(values: dict[Any, Any]) -> dict[Any, Any]:
+            try:
+                photo = every.square(open_upload(values[upload]))
+            finally:
+                Path(values[upload]).unlink(missing_ok=True)
+            return shown(photo) | views(photo, pixel_of(values), asked(values))
+
+        @told
+        def return_(values: dict[Any, Any]) -> dict[Any, Any]:
+            return shown(sample) | views(sample, pixel_of(values), asked(values))
+
+        def load(request: gr.Request) -> dict[Any, Any]:
+            pixel, panes, found = start, [first], {}
+            try:
+                asked_pixel, asked_panes = read_link(dict(request.query_params), every.names)
+                asked_pixel, asked_panes = asked_pixel or pixel, asked_panes or panes
+                asked_panes = [every.settled(pane) for pane in asked_panes]
+                for pane in asked_panes:
+                    every.pages(sample, asked_pixel, pane)
+                pixel, panes = asked_pixel, asked_panes
+            except (RuntimeError, ValueError) as error:
+                found = {said: f'<p class="said" role="alert">{html.escape(str(error))}</p>'}
+            state = {x: pixel[0], y: pixel[1], **shown(sample)}
+            for c, pane in zip((one, two), panes, strict=False):
+                state |= controls(c, pane)
+            return state | views(sample, pixel, panes) | found
+
+        parts = {square, x, y, second, upload}
+        for c in (one, two):
+            parts |= {c.model, c.block, c.head, c.alpha, c.beta}
+        drawn = [
+            square,
+            style,
+            place,
+            x,
+            y,
+            second,
+            back,
+            said,
+            anchor,
+            *one,
+            *(part for part in two if part is not second),
+        ]
+        quick: dict[str, Any] = dict(
+            inputs=parts, outputs=drawn, queue=False, show_progress="hidden", api_visibility="private"
+        )
+        latest = quick | dict(trigger_mode="always_last")
+        page.load(load, None, drawn, queue=False, show_progress="hidden", api_visibility="private")
+        spot.place(click, **latest)
+        gr.on([x.input, y.input, one.head.input, two.head.input], look, **latest)
+        gr.on([slider.input for c in (one, two) for slider in (c.alpha, c.beta)], look, **latest)
+        one.model.input(choose(0, of_another), **quick)
+        second.input(compare, **quick)
+        for number, c in enumerate((one, two)):
+            c.block.input(choose(number, of_block), **quick)
+            c.attention.click(choose(number, lambda pane: pane._replace(alpha=1.0, beta=0.0)), **quick)
+            c.convolution.click(choose(number, lambda pane: pane._replace(alpha=0.0, beta=1.0)), **quick)
+            c.learned.click(choose(number, lambda pane: pane._replace(alpha=None, beta=None)), **quick)
+        upload.upload(receive, **quick).then(lambda: None, None, upload, queue=False, api_visibility="private")
+        back.click(return_, **quick)
+    return page
+
+
+def _check_address(host: str, port: int) -> None:
+    """Known before the model is made, and in words of one's own."""
+    if not 0 < port < 2**16:
+        raise ValueError(f"there is no port {port}: they go from 1 to {2**16 - 1}")
+    try:
+        socket.create_server((host, port)).close()
+    except OSError as error:
+        reason = (error.strerror or str(error)).partition(" (while")[0]
+        raise OSError(f"nothing can listen at {host}, port {port}: {reason}") from None
+
+
+def serve(
+    models: Sequence[str] = MODELS,
+    photo: str | Path | None = None,
+    img_size: int | None = None,
+    host: str = "127.0.0.1",
+    port: int = 7860,
+) -> None:
+    """Serves the page until it is interrupted, and keeps nothing of what it was given.
+
+    Args:
+        models: As in `build`.
+        photo: File to begin with; the package's sample if None.
+        img_size: As in `build`.
+        host: Address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 the network.
+        port: Its port.
+
+    Raises:
+        ImportError: Gradio or Matplotlib is not installed.
+        OSError: The photo does not exist, or the port is taken or the host none.
+        RuntimeError: The first model's weights cannot be had.
+        ValueError: The photo is none, a model is none of this family, the image is too small for the first, or there is
+            no such port.
+    """
+    _check_address(host, port)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads under way would stay
+    with tempfile.TemporaryDirectory() as folder:
+        # Gradio reads these when it is imported and when a page is made.
+        os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
+        page = build(models, None if photo is None else open_photo(photo), img_size)
+        from gradio.themes import Base
+
+        page.launch(
+            server_name=host,
+            server_port=port,
+            share=False,
+            quiet=True,
+            inline=False,
+            prevent_thread_lock=True,
+            ssr_mode=False,
+            max_file_size=f"{5 * _MEGABYTES}mb",  # up to which the page says it in our words
+            footer_links=[],
+            # Fonts that are there: nothing is fetched from elsewhere.
+            theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
+            css=_CSS,
+        )
+        print(f"{models[0]}: http://{host}:{port}, until Ctrl+C", flush=True)
+        try:
+            threading.Event().wait()
+        except KeyboardInterrupt:
+            page.close(verbose=False)

@@ -1,0 +1,8 @@
+"""`container explore` as a Space of Hugging Face."""
+
+import os
+
+from container.explore import serve
+
+if __name__ == "__main__":
+    serve(host="0.0.0.0", port=int(os.environ.get("GRADIO_SERVER_PORT", 7860)))
