@@ -50,6 +50,7 @@ __all__ = [
 ]
 
 MODELS = ("container_nano.lite2_dist", "container_light_nano.lite2_dist", "container_mixer")
+"""Names to choose from, the first of which the page begins with."""
 _MEGABYTES = 10
 _MEGAPIXELS = 50
 _KINDS = ("JPEG", "PNG", "WEBP")

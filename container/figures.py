@@ -41,6 +41,7 @@ __all__ = [
 # Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
 _COLORS = {"dynamic": "#0072B2", "static": "#E69F00"}
 COLOR_MAP = "cividis"
+"""Matplotlib's name of the colours of maps: everybody can tell them apart."""
 _NUMBERS = 2**24  # of a map and its repetitions, at most at a time
 
 
