@@ -23,6 +23,8 @@ SHARED = Path(os.environ.get("CONTAINER_TEST_DATA", ROOT.parent / "shared"))
 os.environ.setdefault("YOLO_CONFIG_DIR", os.path.join(tempfile.gettempdir(), "container-tests"))
 os.makedirs(os.environ["YOLO_CONFIG_DIR"], exist_ok=True)
 
+_OPEN = Image.open
+
 if "PYTEST_XDIST_WORKER" in os.environ:
     torch.set_num_threads(1)  # one worker per core; more threads than cores make each other wait
 
@@ -66,6 +68,12 @@ def _seed() -> None:
     random.seed(0)
     torch.manual_seed(0)
     np.random.seed(0)
+
+
+@pytest.fixture(autouse=True)
+def _own_pillow(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Pillow's own: Ultralytics, once a test has imported it, asks for another package where a file is no picture."""
+    monkeypatch.setattr(Image, "open", _OPEN)
 
 
 @pytest.fixture
