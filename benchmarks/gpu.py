@@ -69,15 +69,17 @@ def plan(
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
-    train = [f"{name}:amp+channels_last{more}" for name in (*OURS, *PEERS) for more in ("", compiled)]
+    train = [f"{name}:amp+channels_last" for name in (*OURS, *PEERS)]
+    # A training step takes a compiler a minute or more, so few are compiled, and after the others are measured.
+    compiled_train = [f"{name}:amp+channels_last{compiled}" for name in (OURS[0], PEERS[0])]
     latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
-    # 1x1 convolutions as linear layers, which the parts say take half the time; and what compilers can do at most.
-    infer += [f"{ours[0]}{more}" for more in ("+linear", "+linear+compile", "+max-autotune")]
-    train += [f"{OURS[0]}:amp+channels_last{more}" for more in ("+linear", "+linear+compile")]
+    infer += [f"{ours[0]}+max-autotune"]  # what compilers can do at most
+    train += [f"{OURS[0]}:amp+channels_last+linear"]
     latency += [f"{ours[0]}+reduce-overhead"]
     if released:
         infer += ["released:amp", "released:amp+channels_last+compile"]
-        train += ["released:amp", "released:amp+channels_last+compile"]
+        train += ["released:amp"]
+        compiled_train += ["released:amp+channels_last+compile"]
         latency += ["released:amp"]
 
     def small(entries: list[str]) -> list[str]:
@@ -93,12 +95,12 @@ def plan(
         where = ["--device", "cpu" if rehearse else "cuda", "--out", out]
         return command(f"benchmarks.{module}", *words, "--batch-size", 2 if rehearse else batch, *where)
 
-    def speed(work: str, entries: list[str], batch: int, jobs: int) -> list[str]:
+    def speed(work: str, entries: list[str], batch: int, jobs: int, name: str | None = None) -> list[str]:
         turns: list[object] = ["--rounds", 7, "--seconds", 0.25, "--jobs", jobs]
         if rehearse:
             turns = ["--rounds", 1, "--seconds", 0, "--jobs", 2, "--backend", "aot_eager"]
         source = ["--released", released] if released and not rehearse else []
-        rest = ["--budget", "{left}", "--work", work, "--name", work]
+        rest = ["--budget", "{left}", "--work", work, "--name", name or work]
         return measured("speed", batch, *small(entries), *size, *turns, *source, *rest)
 
     size: list[object] = ["--img-size", 32] if rehearse else []
@@ -122,12 +124,11 @@ def plan(
         train=[
             measured("kernels", 128, trained, *size, "--steps", 2 if rehearse else 20),
             speed("train", train, 128, 5),
+            speed("train", compiled_train, 128, 5, "train-compiled"),
         ],
         latency=[speed("latency", latency, 1, 16)],
         roofline=[
-            measured(
-                "roofline", 256, f"{light},{light.partition(':')[2]}+linear", *size, *rounds, "--name", "roofline-infer"
-            ),
+            measured("roofline", 256, light, *size, *rounds, "--name", "roofline-infer"),
             measured("roofline", 128, trained, *size, *rounds, "--work", "train", "--name", "roofline-train"),
             measured("parts", 256, *parts, "--name", "parts-infer"),
             measured("parts", 128, *parts, "--backward", "--name", "parts-train"),

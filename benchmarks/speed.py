@@ -12,7 +12,7 @@ own. What is there is saved after every round, and with --budget the command end
   channels_last  weights and images in that memory format
   bf16           weights and images in bfloat16
   amp            autocast to bfloat16
-  linear         1x1 convolutions as linear layers over the positions, of any model; the answers are the same
+  linear         1x1 convolutions as linear layers over the positions, of any model; on a GPU `fused` does it, too
   compile        torch.compile
   max-autotune, reduce-overhead   torch.compile in these modes; GPU
   graph          a CUDA graph of the call, replayed; GPU
@@ -43,7 +43,6 @@ from typing import Any, NamedTuple
 
 import timm
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.benchmark import Timer
 
@@ -152,22 +151,6 @@ def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
     return model
 
 
-def as_linear(model: nn.Module) -> None:
-    """Computes 1x1 convolutions as F.linear over positions, which in channels_last are rows of a matrix; in place.
-
-    Args:
-        model: Any; its parameters stay as they are.
-    """
-    for module in model.modules():
-        plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding == (0, 0)
-        if plain and module.kernel_size == module.stride == (1, 1):
-            module._conv_forward = _rows  # type: ignore[assignment]
-
-
-def _rows(images: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    return F.linear(images.permute(0, 2, 3, 1), weight.flatten(1), bias).permute(0, 3, 1, 2)
-
-
 class Graphed:
     """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
 
@@ -228,11 +211,11 @@ def prepare(
     if len(COMPILED & settings) > 1:
         raise ValueError(f"{'+'.join(sorted(COMPILED & settings))} are several ways to compile")
     model = copy.deepcopy(model).train(train)
+    model = model.to(device)
     if "fused" in settings:
         model = container.fuse.fuse(model)
-    model = model.to(device)
     if "linear" in settings:
-        as_linear(model)
+        container.fuse.as_linear(model)
     if "depthwise" in settings:
         speed_up_depthwise(model)
     if "bf16" in settings and "openvino" not in settings:

@@ -1,5 +1,6 @@
 """Deformable DETR of transformers on a timm backbone, in the dress of torchvision's detectors."""
 
+import copy
 from typing import Any
 
 import timm
@@ -23,7 +24,8 @@ class DeformableDetr(nn.Module):
     """Losses for images and targets in training, boxes for images in evaluation.
 
     Boxes are refined layer by layer, and the first guesses come from the encoder ("two stages"): both shorten a
-    training that is long for DETRs. transformers freezes the backbone's batch norms, so start from weights.
+    training that is long for DETRs. Every layer has a loss of its own, and so have the first guesses, for which
+    transformers has none. transformers freezes the backbone's batch norms, so start from weights.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159).
 
@@ -60,8 +62,14 @@ class DeformableDetr(nn.Module):
             with_box_refine=True,
             two_stage=True,
             two_stage_num_proposals=queries,
+            auxiliary_loss=True,
         )
         self.detr = DeformableDetrForObjectDetection(config)
+        # transformers makes one classifier of all layers'. That of the first guesses has another task: object or not.
+        classifiers = nn.ModuleList(copy.deepcopy(layer) for layer in self.detr.class_embed)
+        self.detr.class_embed = self.detr.model.decoder.class_embed = classifiers
+        self.guesses = copy.deepcopy(config)
+        self.guesses.update(dict(num_labels=1, auxiliary_loss=False))
         self.body.load_state_dict(body.state_dict())
         self.size, self.queries = size, queries
         self.data = resolve_model_data_config(body)
@@ -75,7 +83,8 @@ class DeformableDetr(nn.Module):
         """(3, H, W) images in 0 to 1; boxes in their pixels, left, top, right, bottom.
 
         Returns:
-            With targets a dictionary of weighted losses; else of each image boxes, scores and labels.
+            With targets two weighted losses, of all layers' boxes and of the first guesses; else of each image boxes,
+            scores and labels.
         """
         resized = [normalize(resize(i, [self.size]), self.data["mean"], self.data["std"]) for i in images]
         height, width = (max(i.shape[dim] for i in resized) for dim in (1, 2))
@@ -93,7 +102,11 @@ class DeformableDetr(nn.Module):
             )
             for image, target in zip(images, targets, strict=True)
         ]
-        return dict(loss=self.detr(pixel_values=pixels, pixel_mask=mask, labels=labels).loss)
+        outputs = self.detr(pixel_values=pixels, pixel_mask=mask, labels=labels)
+        objects = [dict(label, class_labels=torch.zeros_like(label["class_labels"])) for label in labels]
+        scores, boxes = outputs.enc_outputs_class[..., :1], outputs.enc_outputs_coord_logits.sigmoid()
+        guesses, *_ = self.detr.loss_function(scores, objects, pixels.device, boxes, self.guesses)
+        return dict(boxes=outputs.loss, guesses=guesses)
 
     def _boxes(self, outputs: Any, images: list[Tensor]) -> list[dict[str, Tensor]]:
         found = []

@@ -2,12 +2,13 @@
 """Trains a YOLO with the context layer, or on CONTAINER-LIGHT, to find blood cells.
 
     python examples/detect_cells_yolo.py --data-dir bccd
-    python examples/detect_cells_yolo.py --data-dir bccd --model yolov8n-container_light.yaml
+    python examples/detect_cells_yolo.py --data-dir bccd --model yolov8n-container_light_nano.yaml --pretrained
 
 Needs `pip install -e ".[downstream]" ultralytics`; Ultralytics is under the AGPL-3.0. Results: docs/results.md.
 """
 
 import argparse
+import json
 import shutil
 from pathlib import Path
 
@@ -29,6 +30,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument(
         "--model", default="yolov8n-context.yaml", help="for container.yolo.config, or Ultralytics' own"
     )
+    parser.add_argument("--pretrained", action="store_true", help="start from the weights of the timm model")
     parser.add_argument("--output", default="cells-yolo", help="folder for the run")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
@@ -63,14 +65,17 @@ def main() -> None:
     output = Path(args.output).resolve()
     data = convert(Path(args.data_dir), output / "data")
     ours = args.model.endswith(".yaml") and "-" in args.model
-    model = YOLO(container.yolo.config(args.model) if ours else args.model)
+    model = YOLO(container.yolo.config(args.model, args.pretrained) if ours else args.model)
     model.train(
         data=str(data), epochs=args.epochs, batch=args.batch_size, imgsz=args.size, device=args.device, seed=args.seed,
         project=str(output), name="run", exist_ok=True, workers=1, val=False, plots=False,
+        amp=False,  # Ultralytics' check of it downloads a model
     )  # fmt: skip
     best = YOLO(output / "run" / "weights" / "last.pt").val(
         data=str(data), imgsz=args.size, device=args.device, project=str(output), name="val", exist_ok=True, plots=False
     )
+    result = dict(map=100 * best.box.map, map50=100 * best.box.map50, args=vars(args))
+    (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     print(f"mAP {100 * best.box.map:.1f} %, at IoU 0.5 {100 * best.box.map50:.1f} %, on the photos held out")
 
 

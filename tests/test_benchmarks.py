@@ -1,6 +1,5 @@
 """The benchmarks measure what they say. Nothing here depends on how fast this machine is."""
 
-import copy
 import functools
 import itertools
 import json
@@ -350,20 +349,6 @@ def test_operations_of_a_convolution_backward(groups):
     (forward,) = [part["flops"] for name, part in parts.items() if "3x3 @" in name]
     (backward,) = [part["flops"] for name, part in parts.items() if "3x3 backward @" in name]
     assert forward == 2 * 2 * 30 * 8 * (8 // groups) * 9 and backward == 2 * forward
-
-
-def test_linear_layers_in_place_of_1x1_convolutions():
-    """The same answers and gradients, of the same parameters."""
-    model = speed.create("container_light_nano", 64, None)
-    other = copy.deepcopy(model)
-    speed.as_linear(other)
-    images, labels = torch.randn(2, 3, 64, 64), torch.tensor([3, 5])
-    for network in (model, other):
-        nn.functional.cross_entropy(network(images), labels).backward()
-    for a, b in zip(model.parameters(), other.parameters(), strict=True):
-        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
-    parts = roofline.record(lambda: other.eval()(images), CPU, 1)
-    assert any("addmm" in name for name in parts) and not any("convolution 1x1" in name for name in parts)
 
 
 def test_bounds_of_another_device(tmp_path, capsys):

@@ -13,6 +13,7 @@ from conftest import ROOT
 from PIL import Image
 from sklearn.datasets import load_sample_image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
+from torchvision.ops import box_iou
 
 from examples.efficientnet_lite import convert
 
@@ -61,6 +62,31 @@ def test_cells(cells, tmp_path, options):
     assert f"mAP {result['map']:.1f} %" in printed and set(result["by_class"]) == {"RBC", "WBC", "Platelets"}
     with Image.open(tmp_path / "cells" / "cells.png") as picture:
         assert picture.size == (3 * 136 + 8, 2 * 104 + 8)
+
+
+def test_deformable_detr_learns_boxes_and_classes():
+    """Its surest two boxes are the image's two, of their classes: the first guesses and all layers have a loss."""
+    pytest.importorskip("transformers", reason="transformers is not installed")
+    from examples.deformable_detr import DeformableDetr
+
+    torch.manual_seed(0)
+    model = DeformableDetr("container_light_nano", 2, 64, True, 32, queries=10)
+    boxes, image = torch.tensor([[8.0, 8, 28, 28], [36, 30, 60, 58]]), torch.zeros(3, 64, 64)
+    for label, (left, top, right, bottom) in enumerate(boxes.int().tolist()):
+        image[label, top:bottom, left:right] = 1
+    optimizer = torch.optim.AdamW(model.parameters(), 2e-3)
+    for _ in range(80):
+        loss = sum(model.train()([image], [dict(boxes=boxes, labels=torch.tensor([0, 1]))]).values())
+        optimizer.zero_grad()
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(model.parameters(), 5.0)
+        optimizer.step()
+    with torch.inference_mode():
+        (found,) = model.eval()([image])
+    surest = found["scores"].topk(2).indices
+    best = surest[found["labels"][surest].argsort()]
+    assert found["labels"][best].tolist() == [0, 1]
+    assert (box_iou(boxes, found["boxes"][best]).diagonal() > 0.8).all()
 
 
 @pytest.fixture

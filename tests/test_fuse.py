@@ -16,7 +16,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from container import Affinity, Aggregation, Block, ConvexGate, DepthwiseConv, FreeGate, SelfAttention
 from container.detection import feature_pyramid
-from container.fuse import fuse
+from container.fuse import as_linear, fuse
 
 NAMES = timm.list_models("container*")
 
@@ -73,6 +73,35 @@ def test_every_output_is_the_model_s():
         torch.manual_seed(0)
         network.reset_classifier(7)
     assert difference(fused(x), unfused(x)) < 1e-5
+
+
+@pytest.mark.parametrize("name", ["container_nano", "resnet18"])
+def test_1x1_convolutions_as_linear_layers(name):
+    """The answers and gradients of the same parameters, by products; compilers and exporters see convolutions."""
+    plain = timm.create_model(name, num_classes=10).eval()
+    other, x = copy.deepcopy(plain), torch.randn(2, 3, 64, 64)
+    as_linear(other)
+    for network in (plain, other):
+        nn.functional.cross_entropy(network(x), torch.tensor([3, 5])).backward()
+    for a, b in zip(plain.parameters(), other.parameters(), strict=True):
+        torch.testing.assert_close(a.grad, b.grad, rtol=1e-3, atol=1e-5)
+    for network in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
+        with torch.no_grad():
+            graph = str(make_fx(network)(x).graph)
+        pointwise = {"container_nano": 13 * 5, "resnet18": 0}[name]  # resnet18's have a stride
+        assert graph.count("aten.addmm.default") == pointwise + 1  # the classifier
+    exported = str(torch.export.export(other, (x,)).graph)
+    assert exported.count("aten.conv2d.default") == sum(isinstance(m, nn.Conv2d) for m in plain.modules())
+
+
+@torch.no_grad()
+def test_a_linear_layer_takes_what_its_convolution_takes():
+    conv = nn.Conv2d(4, 6, 1, bias=False)
+    other = copy.deepcopy(conv)
+    as_linear(other)
+    for shape in ((2, 4, 5, 7), (4, 5, 7), (2, 4, 1, 1), (0, 4, 5, 7)):
+        x = torch.randn(shape)
+        torch.testing.assert_close(other(x), conv(x))
 
 
 def test_weights_are_channels_last():
