@@ -4,7 +4,7 @@
     python examples/detect_cells.py --data-dir bccd
     python examples/detect_cells.py --data-dir bccd --untrained-backbone      # what the head alone can do
     python examples/detect_cells.py --data-dir bccd --backbone resnet18
-    python examples/detect_cells.py --data-dir bccd --detector detr --pretrained --channels 128 --lr 2e-4
+    python examples/detect_cells.py --data-dir bccd --detector detr --pretrained --channels 128 --lr 4e-4 --size 192
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
