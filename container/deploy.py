@@ -143,7 +143,7 @@ def export(
         if format not in ("onnx", "openvino"):
             raise ValueError(f"{format} has no int8 here: onnx and openvino do")
         if names != ["logits"]:
-            raise ValueError("int8 is chosen by the classes that photos are given, and maps have none")
+            raise ValueError("--int8 compares the classes of photos, and --features-only has no classes")
         photos = int8.calibration(model, calibrate)
         told["precision"] = "f32"  # of what is not in int8; OpenVINO is slower if it is bfloat16
     out.parent.mkdir(parents=True, exist_ok=True)
@@ -155,7 +155,7 @@ def export(
             _WRITERS[first](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), written)
         except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of the exporters and OpenVINO's converter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
-            raise ValueError(f"{first} has no file for this model: {reason}") from error
+            raise ValueError(f"{first} cannot write this model: {reason}") from error
         run, loaded = _load(first, written)
         shapes = [(count, *side)] + ([] if batch else [(1, *side), (3, *side)])
         shapes += [(count, side[0] + 32, side[1] + 64), (count, side[0] - 7, side[1] + 9)] if dynamic_size else []
@@ -172,7 +172,9 @@ def export(
             run, loaded = _load(format, scratch)
             agreement = int8.agreement(run, photos, named, measured)
             if agreement < int8.LEAST:
-                raise ValueError(f"in int8 {agreement:.1%} of the photos in {calibrate} keep their class, 95 % have to")
+                raise ValueError(
+                    f"in int8 {agreement:.1%} of the photos in {calibrate} keep their class, and 95 % must"
+                )
         accuracy = None if labelled is None else int8.accuracy(model, run, *labelled, measured)
         one = 1e3 * _seconds(run, torch.randn(1, channels, *side)) if batch in (None, 1) else None
         many = measured / _seconds(run, torch.randn(measured, channels, *side))

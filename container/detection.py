@@ -46,7 +46,7 @@ class FeaturePyramid(nn.Module):
         self.levels = levels or len(info.out_indices)
         reduction = info.reduction()[-self.levels :]
         if reduction != sorted(set(reduction)):
-            raise ValueError(f"strides {reduction} make no pyramid: each map has to be coarser than the one before")
+            raise ValueError(f"strides {reduction} do not make a pyramid: each map must be coarser than the one before")
         self.body = body
         self.fpn = FeaturePyramidNetwork(info.channels()[-self.levels :], out_channels, extra)
         self.out_channels = out_channels

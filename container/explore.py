@@ -151,7 +151,7 @@ class Explorer:
             ValueError: There is no such block.
         """
         if not 1 <= number <= len(self.blocks):
-            raise ValueError(f"there are blocks 1 to {len(self.blocks)}, and no block {number}")
+            raise ValueError(f"block {number} is not in 1 to {len(self.blocks)}")
         return self.blocks[number - 1]
 
     def _given(self, photo: bytes) -> Tensor:
@@ -196,7 +196,7 @@ class Explorer:
         """
         block = self.block(number)
         if not 0 <= head <= block.heads:
-            raise ValueError(f"there are heads 1 to {block.heads}, and no head {head}")
+            raise ValueError(f"head {head} is not in 1 to {block.heads}")
         if not all(0 <= place < self.side for place in pixel):
             raise ValueError(f"x and y go from 0 to {self.side - 1}: pixel {pixel} is not in the photo")
         x = self.maps(photo)[block.name]
@@ -280,7 +280,7 @@ def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[in
                 return value
         except ValueError:
             pass
-        raise ValueError(f"the link's {key} is no {'whole ' if kind is int else ''}number: {query[key][:40]}")
+        raise ValueError(f"the link's {key} is not a {'whole ' if kind is int else ''}number: {query[key][:40]}")
 
     panes = []
     for end in ("", "2"):
@@ -309,7 +309,7 @@ def open_upload(path: str | Path) -> Image.Image:
         with Image.open(path, formats=_KINDS) as image:
             pixels = image.width * image.height
     except Exception:  # whatever a damaged or foreign file makes a decoder raise
-        raise ValueError(f"{name} is no JPEG, PNG or WebP photo that can be read") from None
+        raise ValueError(f"{name} cannot be read as a JPEG, PNG or WebP photo") from None
     if pixels > _MEGAPIXELS * 10**6:
         raise ValueError(f"{name} has more than {_MEGAPIXELS} million pixels")
     try:
@@ -485,9 +485,9 @@ class _Models:
         first = weights.create(names[0], img_size=img_size)
         self._config = resolve_model_data_config(first)
         self.names, self.side = list(dict.fromkeys(names)), self._config["input_size"][-1]
-        if self.side < first.feature_info[-1]["reduction"]:
+        if self.side < (token := first.feature_info[-1]["reduction"]):
             raise ValueError(
-                f"{self.side} pixels are no token of {names[0]}: {first.feature_info[-1]['reduction']} are one"
+                f"{self.side} pixels are too few for {names[0]}: one token of its last stage takes {token}"
             )
         self._made = {names[0]: Explorer(first, self.side)}
         self._lock = threading.Lock()
@@ -552,7 +552,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
-        RuntimeError: The first model's weights cannot be had.
+        RuntimeError: The first model's weights cannot be loaded.
         ValueError: A model is none of this family, or the image is too small for the first.
     """
     for module in ("gradio", "matplotlib"):
@@ -822,7 +822,7 @@ def serve(
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
         OSError: The photo does not exist, or the port is taken or the host none.
-        RuntimeError: The first model's weights cannot be had.
+        RuntimeError: The first model's weights cannot be loaded.
         ValueError: The photo is none, a model is none of this family, the image is too small for the first, or there is
             no such port.
     """

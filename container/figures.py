@@ -444,10 +444,8 @@ def draw(
     photo = open_photo(image)
     network = weights.create(model, checkpoint)
     if img_size is not None:
-        if img_size < network.feature_info[-1]["reduction"]:
-            raise ValueError(
-                f"{img_size} pixels are no token of {name}: {network.feature_info[-1]['reduction']} are one"
-            )
+        if img_size < (token := network.feature_info[-1]["reduction"]):
+            raise ValueError(f"{img_size} pixels are too few for {name}: one token of its last stage takes {token}")
         network.set_input_size(img_size)
     config = resolve_model_data_config(network)
     side = img_size or config["input_size"][-1]

@@ -63,7 +63,7 @@ def open_photo(path: str | Path) -> Image.Image:
             return open_rgb(file)
         except Exception as error:  # whatever a damaged or foreign file makes its decoder raise
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-            raise ValueError(f"{path} is no photo that can be read: {reason}") from error
+            raise ValueError(f"{path} cannot be read as a photo: {reason}") from error
 
 
 def pixels_per_token(model: Any) -> int:

@@ -178,7 +178,7 @@ def probe(
     Raises:
         ImportError: scikit-learn is not installed.
         OSError: The folder, a part of it, or the checkpoint is missing, or cannot be read.
-        RuntimeError: The checkpoint is none, or the model cannot be had.
+        RuntimeError: The file is not a checkpoint, or the model cannot be created.
         ValueError: Data, checkpoint or image size do not fit.
     """
     started = time.perf_counter()

@@ -101,7 +101,7 @@ def record(name: str) -> dict[str, Any]:
             raise ValueError(f"sha256 {own['file']['sha256']!r}")
         return own
     except (ValueError, KeyError, TypeError) as error:
-        raise RuntimeError(f"{path} is no record of {name} ({error}): delete it") from None
+        raise RuntimeError(f"{path} is not a record of {name} ({error}): delete it") from None
 
 
 def sha256_of(path: str | Path) -> str:
@@ -331,7 +331,7 @@ def create(
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        RuntimeError: The checkpoint is none, or the model or its published weights cannot be had.
+        RuntimeError: The file is not a checkpoint, or the model or its published weights cannot be loaded.
         ValueError: There is no such model, it has no weights, is given both a tag and a checkpoint, which may not fit
             it, or cannot have that size.
     """
@@ -342,7 +342,7 @@ def create(
     if tag and checkpoint:
         raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
     if img_size is not None and img_size < 1:
-        raise ValueError(f"images of {img_size} pixels are none")
+        raise ValueError(f"img_size {img_size} is not a positive number of pixels")
     if pretrained and not (checkpoint or elsewhere):
         _check_has_weights(model)
     overlay: dict[str, Any] = {} if img_size is None else dict(input_size=(3, img_size, img_size))
@@ -367,7 +367,7 @@ def create(
         if checkpoint:
             raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(' '.join(lines), 200)}") from error
         at = "" if img_size is None else f" at {img_size} px"
-        raise RuntimeError(f"{model}{at} cannot be had: {lines[0]}") from error
+        raise RuntimeError(f"{model}{at} cannot be created: {lines[0]}") from error
     found.pretrained_cfg.pop("state_dict", None)  # or the model would hold its weights twice
     return found.eval()
 
@@ -398,7 +398,7 @@ def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
 
     Raises:
         FileNotFoundError: The file named does not exist.
-        RuntimeError: The weights cannot be had, or are not what their record says.
+        RuntimeError: The weights cannot be loaded, or are not what their record says.
     """
     overlay = dict(arguments.get("pretrained_cfg_overlay") or {})
     cfg = resolve_pretrained_cfg(variant, arguments.get("pretrained_cfg"), overlay)

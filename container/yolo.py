@@ -139,7 +139,9 @@ def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
             row[3] = [args[0], any(args[1:]), in_chans]
         elif module == "ContainerLevel":
             if source != 0 or not 0 <= args[0] < len(channels):
-                raise ValueError(f"no ContainerLevel {args[0]} in row {source}: row 0 has {len(channels)}, others none")
+                raise ValueError(
+                    f"row {source} has no ContainerLevel {args[0]}: row 0 has {len(channels)}, other rows none"
+                )
             row[2:] = ["Index", [channels[args[0]], args[0]]]
     return d
 
@@ -183,7 +185,9 @@ def config(name: str, pretrained: bool = False) -> str:
         layers = [[i % end, 1, "ContextAggregation", [2, int(context[1] or 1)]] for i in sources]
         head[-1:] = [*layers, [list(range(end, end + len(sources))), *last]]
     elif any(row[0] != -1 for row in rows):
-        raise ValueError(f"{file.name} has a backbone that is no chain of layers, which another could replace")
+        raise ValueError(
+            f"{file.name} has a backbone that is not a plain chain of layers, so another cannot replace it"
+        )
     else:
         levels = features(model, device="meta").feature_info.reduction()
         with torch.device("meta"):

@@ -132,7 +132,7 @@ def convert(
     """
     architecture, tag = split_model_name_tag(name)
     if not re.fullmatch("[a-z0-9_]+", tag):
-        raise ValueError(f"{name} is no architecture.tag, with a tag of a-z, 0-9 and _")
+        raise ValueError(f"{name} is not ARCHITECTURE.TAG with a tag of a-z, 0-9 and _")
     state_dict = weights.fit(weights.read(path, use_ema), name)
     content = save({key: t.contiguous() for key, t in state_dict.items()}, metadata={"format": "pt"})
     digest = hashlib.sha256(content).hexdigest()
@@ -241,7 +241,7 @@ def export(name: str, folder: str | Path) -> None:
     Raises:
         FileExistsError: The folder is there and not empty.
         KeyError: There is no such record.
-        RuntimeError: The weights cannot be had.
+        RuntimeError: The weights cannot be loaded.
     """
     folder = Path(folder)
     if folder.exists() and any(folder.iterdir()):

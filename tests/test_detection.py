@@ -256,7 +256,7 @@ def test_recomputed_blocks_give_the_same_gradients():
         (dict(name="dla46x_c", norm="groupnorm1"), "dla46x_c, .*norm='groupnorm1'.* unexpected .* 'norm_layer'"),
         (dict(name="vgg11", drop_path_rate=0.1), "vgg11, .*drop_path_rate=0.1: .* unexpected .* 'drop_path_rate'"),
         (dict(name="resnet18", norm="rmsnorm"), "the backbone fails at a trial of 96 x 160 pixels: .*normalized_shape"),
-        (dict(name="convmixer_768_32", levels=3), r"strides \[7, 7, 7\] make no pyramid"),
+        (dict(name="convmixer_768_32", levels=3), r"strides \[7, 7, 7\] do not make a pyramid"),
         (dict(name="eca_halonext26ts"), "the backbone fails at a trial of 96 x 160 pixels"),
         (dict(name="tresnet_m", frozen_stages=1), "tresnet_m, .*frozen_stages=1, .* are not present in model"),
     ],

@@ -146,11 +146,11 @@ def test_other_kinds_of_blocks(name, options, kinds, heads, photo):
 
 def test_places_that_are_not_there(explorer, photo):
     for number, pixel, head, said in (
-        (0, PIXEL, 0, "blocks 1 to 13, and no block 0"),
-        (14, PIXEL, 0, "no block 14"),
+        (0, PIXEL, 0, "block 0 is not in 1 to 13"),
+        (14, PIXEL, 0, "block 14 is not in 1 to 13"),
         (1, (SIDE, 0), 0, "x and y go from 0 to 63"),
         (1, (0, -1), 0, "not in the photo"),
-        (3, PIXEL, 3, "heads 1 to 2, and no head 3"),
+        (3, PIXEL, 3, "head 3 is not in 1 to 2"),
     ):
         with pytest.raises(ValueError, match=re.escape(said)):
             explorer.look(photo, number, pixel, 1.0, 1.0, head)
@@ -204,9 +204,9 @@ def test_links_go_there_and_back(panes):
     ("query", "said"),
     [
         (dict(model="local-dir:/etc"), "names another model than a.tag"),
-        (dict(model="a.tag", block="x"), "the link's block is no whole number: x"),
-        (dict(model="a.tag", alpha="nan"), "the link's alpha is no number: nan"),
-        (dict(model="a.tag", y="1.5"), "the link's y is no whole number: 1.5"),
+        (dict(model="a.tag", block="x"), "the link's block is not a whole number: x"),
+        (dict(model="a.tag", alpha="nan"), "the link's alpha is not a number: nan"),
+        (dict(model="a.tag", y="1.5"), "the link's y is not a whole number: 1.5"),
     ],
 )
 def test_links_that_lead_nowhere(query, said):
@@ -225,10 +225,10 @@ def test_uploads(tmp_path, monkeypatch):
     (tmp_path / "half.png").write_bytes(whole[: len(whole) // 2])
     Image.new("RGB", (4000, 10)).save(tmp_path / "thin.png")
     for name, said in (
-        ("text.png", "text.png is no JPEG, PNG or WebP photo"),
-        ("other.png", "other.png is no JPEG, PNG or WebP photo"),
-        ("half.png", "half.png is no photo that can be read: "),
-        ("thin.png", "thin.png is no photo that can be read: 4000 x 10 pixels are over 100 times as long as wide"),
+        ("text.png", "text.png cannot be read as a JPEG, PNG or WebP photo"),
+        ("other.png", "other.png cannot be read as a JPEG, PNG or WebP photo"),
+        ("half.png", "half.png cannot be read as a photo: "),
+        ("thin.png", "thin.png cannot be read as a photo: 4000 x 10 pixels are over 100 times as long as wide"),
     ):
         with pytest.raises(ValueError, match=f"^{re.escape(said)}") as error:
             open_upload(tmp_path / name)
@@ -266,10 +266,10 @@ def test_learned_values_are_not_moved_by_the_sliders_steps():
     ("words", "said"),
     [
         (["no.jpg"], "No such file or directory: 'no.jpg'"),
-        ([__file__], "is no photo that can be read: cannot identify image file"),
+        ([__file__], "cannot be read as a photo: cannot identify image file"),
         (["--model", "resnet18"], "no model 'resnet18' in this family: `container list` has them"),
-        (["--model", "container_nano.mine"], "container_nano.mine cannot be had: "),
-        (["--img-size", "8"], f"8 pixels are no token of {NANO}: 32 are one"),
+        (["--model", "container_nano.mine"], "container_nano.mine cannot be created: "),
+        (["--img-size", "8"], f"8 pixels are too few for {NANO}: one token of its last stage takes 32"),
         (["--port", "70000"], "there is no port 70000: they go from 1 to 65535"),
         (["--host", "192.0.2.1"], "nothing can listen at 192.0.2.1, port "),
         (["--port", "TAKEN"], "nothing can listen at 127.0.0.1, port "),
@@ -514,7 +514,7 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     visit.until_changed(lambda: given.set_input_files(tmp_path / "red.png"), "#pane1 .classes")
     assert "would need the photo" in visit.page.locator(".here").inner_text()
     for name, content, said in (
-        ("text.png", b"no photo", "text.png is no JPEG, PNG or WebP photo that can be read"),
+        ("text.png", b"no photo", "text.png cannot be read as a JPEG, PNG or WebP photo"),
         ("large.png", bytes(11 * 10**6), "large.png is larger than 10 MB"),
     ):
         (tmp_path / name).write_bytes(content)

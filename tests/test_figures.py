@@ -205,7 +205,7 @@ def test_pictures_of_a_checkpoint(num_classes, photo, tmp_path):
         (["PHOTO", "--model", "container_light_nano_32.cifar10", "--checkpoint", "no.pth"], "give one of them"),
         (
             ["PHOTO", "--model", "container_light_nano", "--img-size", 2],
-            "2 pixels are no token of container_light_nano",
+            "2 pixels are too few for container_light_nano",
         ),
     ],
 )

@@ -126,7 +126,7 @@ def test_layers_that_lose_too_much_are_named_and_left_in_float(colours, tmp_path
 
 def test_a_file_that_names_others_is_refused_and_not_left(colours, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "quantize", lambda path, *rest: onnx.save(worse(onnx.load(path)), path) or [])
-    with pytest.raises(ValueError, match=r"in int8 33\.3% of the photos in .* keep their class, 95 % have to"):
+    with pytest.raises(ValueError, match=r"in int8 33\.3% of the photos in .* keep their class, and 95 % must"):
         deploy.export(Uneven().eval(), tmp_path / "m.onnx", "onnx", calibrate=colours)
     assert not list(tmp_path.iterdir())
 
@@ -160,7 +160,7 @@ def test_files_of_one_batch_see_all_photos(batch, colours, tmp_path):
         (["m.pt2", "--format", "pt2", "--int8", "--calibrate", "."], "pt2 has no int8 here: onnx and openvino do"),
         (
             ["m.onnx", "--format", "onnx", "--int8", "--calibrate", ".", "--features-only"],
-            "int8 is chosen by the classes that photos are given, and maps have none",
+            "--int8 compares the classes of photos, and --features-only has no classes",
         ),
         (
             ["m.onnx", "--format", "onnx", "--evaluate", ".", "--features-only"],

@@ -131,10 +131,10 @@ def test_the_picture(tmp_path, capsys):
         (["--model", "resnet18.mine"], "resnet18.mine has no weights: there are resnet18.a1_in1k, "),
         (["--model", RELEASED], f"`container weights fetch {RELEASED}`"),
         (["--model", OURS, "--checkpoint", "GOLDEN"], "give one of them"),
-        (["--model", OURS, "--img-size", "0"], "images of 0 pixels are none"),
+        (["--model", OURS, "--img-size", "0"], "img_size 0 is not a positive number of pixels"),
         (["--model", "container", "--checkpoint", "GOLDEN"], "does not fit container: "),
         (["no.jpg", "--model", OURS], "No such file or directory: 'no.jpg'"),
-        ([__file__, "--model", OURS], f"{__file__} is no photo that can be read: cannot identify image file"),
+        ([__file__, "--model", OURS], f"{__file__} cannot be read as a photo: cannot identify image file"),
         (["a/x.jpg", "b/x.jpg", "--model", OURS, "--out", "out"], "photos of the same name"),
     ],
 )

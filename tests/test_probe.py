@@ -254,7 +254,7 @@ def test_a_process(folder, tmp_path):
         (["DATA/train", "--model", TRAINED], "no folder train (or .tar) in "),
         (["DATA", "--model", "resnet1"], "no model 'resnet1'"),
         (["DATA", "--model", "test_resnet.mine"], "Invalid pretrained tag (mine)"),
-        (["DATA", "--model", "test_resnet.r160_in1k"], "test_resnet.r160_in1k cannot be had: "),
+        (["DATA", "--model", "test_resnet.r160_in1k"], "test_resnet.r160_in1k cannot be created: "),
         (["DATA", "--model", "test_resnet", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
         (["DATA", "--model", TRAINED, "--checkpoint", "other.pth"], "give one of them"),
         (["DATA", "--model", "test_resnet", "--checkpoint", "other.pth"], "other.pth does not fit test_resnet: "),
@@ -263,7 +263,7 @@ def test_a_process(folder, tmp_path):
             ["DATA", "--model", "test_vit", "--img-size", "33"],
             "VisionTransformer does not take these images: Input height (33)",
         ),
-        (["DATA", "--model", TRAINED, "--img-size", "0"], "images of 0 pixels are none"),
+        (["DATA", "--model", TRAINED, "--img-size", "0"], "img_size 0 is not a positive number of pixels"),
         (["DATA", "--model", TRAINED, "--json", "nowhere/x.json"], "no folder for nowhere/x.json"),
     ],
 )

@@ -790,7 +790,7 @@ def test_cifar10(tmp_path):
         (None, ["--dataset", "parquet/x"], "no dataset parquet/x; there are digits, torch/NAME, "),
         (None, ["--dataset", "wds/"], "WebDataset shards do not tell their classes: --num-classes is needed"),
         (None, ["--model", "container_lite"], "unknown model container_lite; this package has container, "),
-        (None, ["--batch-size", "500"], "a step of 500 images for 48 training images"),
+        (None, ["--batch-size", "500"], "a step takes 500 images, and there are 48 to train on"),
         (None, ["--batch-size", "15"], "--batch-size 15 is odd, but mixup and cutmix mix images in pairs"),
         (None, ["--epochs", "0"], "--epochs 0 is not positive"),
         (

@@ -108,7 +108,7 @@ def test_files_are_made_elsewhere(ultralytics, tmp_path, monkeypatch):
         ("yolo11n.yaml", FileNotFoundError, "it is FAMILY-context.yaml or FAMILY-MODEL.yaml"),
         ("", FileNotFoundError, "it is FAMILY-context.yaml or FAMILY-MODEL.yaml"),
         ("yolo11n-cls-context.yaml", ValueError, "yolo11-cls.yaml ends in Classify, which reads no list of maps"),
-        ("yolov9e-resnet18.yaml", ValueError, "yolov9e.yaml has a backbone that is no chain of layers"),
+        ("yolov9e-resnet18.yaml", ValueError, "yolov9e.yaml has a backbone that is not a plain chain of layers"),
         ("yolov8n-p6-resnet18.yaml", ValueError, r"resnet18 has .* yolov8-p6.yaml reads \[8, 16, 32, 64\]"),
         ("yolov8n-container_light_nano_32.yaml", ValueError, r"at strides \[1, 2, 4, 8\], .* \[8, 16, 32\]"),
         ("yolov8n-container_pam.yaml", ValueError, "container_pam is tied to one image size"),
@@ -221,9 +221,9 @@ def test_rows_that_cannot_be(ultralytics, tmp_path):
     row = [-1, 1, "Conv", [8, 3, 2]]
     backbone = [-1, 1, "ContainerBackbone", ["container_light_nano"]]
     for rows, message in (
-        ([row, [0, 1, "ContainerLevel", [1]]], "no ContainerLevel 1 in row 0: row 0 has 0"),
-        ([backbone, [0, 1, "ContainerLevel", [4]]], "no ContainerLevel 4 in row 0: row 0 has 4"),
-        ([backbone, [0, 1, "ContainerLevel", [1]], [1, 1, "ContainerLevel", [1]]], "no ContainerLevel 1 in row 1"),
+        ([row, [0, 1, "ContainerLevel", [1]]], "row 0 has no ContainerLevel 1: row 0 has 0"),
+        ([backbone, [0, 1, "ContainerLevel", [4]]], "row 0 has no ContainerLevel 4: row 0 has 4"),
+        ([backbone, [0, 1, "ContainerLevel", [1]], [1, 1, "ContainerLevel", [1]]], "row 1 has no ContainerLevel 1"),
         ([[-1, 1, "ContainerBackbone", ["test_vit"]]], "test_vit is tied to one image size"),
     ):
         (tmp_path / "yolov8n-x.yaml").write_text(

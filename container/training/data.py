@@ -500,5 +500,5 @@ class _Bounded:
 
     def __call__(self, target: int) -> int:
         if not 0 <= target < self.num_classes:
-            raise ValueError(f"an image of class {target}, but there are {self.num_classes} classes, 0 the first")
+            raise ValueError(f"an image has class {target}, which is not in 0 to {self.num_classes - 1}")
         return target

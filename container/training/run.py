@@ -129,7 +129,7 @@ class Run:
         )
         self.steps = len(self.loader) * self.world // (self.processes * args.grad_accum)  # of an epoch
         if self.steps == 0:
-            raise ValueError(f"a step of {self.images} images for {len(train_set)} training images")
+            raise ValueError(f"a step takes {self.images} images, and there are {len(train_set)} to train on")
         self.lr, self.warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
         self.cost = estimate(self.model, self.size, args.batch_size, args.amp in HALF, bool(args.ema_decay))
 
