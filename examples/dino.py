@@ -12,6 +12,7 @@ Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformer
 
 import argparse
 import copy
+import json
 import os
 from pathlib import Path
 
@@ -42,8 +43,9 @@ except ImportError as error:
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="cifar10", help="folder with train/CLASS/* and test/CLASS/*")
+    parser.add_argument("--data-dir", default="cifar10", help="folder with train/CLASS/*, and test/ or val/CLASS/*")
     parser.add_argument("--model", default="container_light_nano_32", help="any timm model")
+    parser.add_argument("--img-size", type=int, help="side of the large views, if not the model's own")
     parser.add_argument("--images", type=int, default=10000, help="so many training images, evenly taken")
     parser.add_argument("--test-images", type=int, default=2000, help="so many test images")
     parser.add_argument("--epochs", type=int, default=4)
@@ -52,7 +54,7 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher at the start; 1 at the end")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--output", default="dino.safetensors", help="weights of the teacher")
+    parser.add_argument("--output", default="dino.safetensors", help="weights of the teacher; a .json beside them")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
@@ -86,14 +88,15 @@ def main() -> None:
     args = parse_args()
     torch.manual_seed(args.seed)
     student: nn.Module = timm.create_model(args.model, num_classes=0).to(args.device)
-    config = resolve_model_data_config(student)
+    config = resolve_model_data_config(student, dict(img_size=args.img_size))
     size, statistics = config["input_size"][1], dict(mean=list(config["mean"]), std=list(config["std"]))
     plain, data = create_transform(**config), Path(args.data_dir)
+    held_out = data / ("test" if (data / "test").is_dir() else "val")
     options = dict(batch_size=args.batch_size, num_workers=args.workers)
     bank = DataLoader(some(data / "train", args.images, plain), **options)
-    test = DataLoader(some(data / "test", args.test_images, plain), **options)
-    before = knn_accuracy(student, bank, test, args.device)
-    print(f"k-NN before: {before:.2f} %, chance {100 / len(os.listdir(data / 'train')):.0f} %")
+    test = DataLoader(some(held_out, args.test_images, plain), **options)
+    curve = [knn_accuracy(student, bank, test, args.device)]
+    print(f"k-NN before: {curve[0]:.2f} %, chance {100 / len(os.listdir(data / 'train')):.0f} %")
 
     views = DINOTransform(
         global_crop_size=size, global_crop_scale=(0.4, 1.0), local_crop_size=size // 2, local_crop_scale=(0.1, 0.4),
@@ -133,11 +136,12 @@ def main() -> None:
             step += 1
             scheduler.step(step)
             bar.update(args.batch_size)
-            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}")
+            bar.set_postfix(epoch=epoch + 1, loss=f"{loss.item():.3f}", knn=f"{curve[-1]:.2f}%")
+        curve.append(knn_accuracy(teacher, bank, test, args.device))
+        save_file({key: tensor.contiguous() for key, tensor in teacher.state_dict().items()}, args.output)
+        Path(args.output).with_suffix(".json").write_text(json.dumps(dict(knn=curve, args=vars(args)), indent=1) + "\n")
     bar.close()
-    after = knn_accuracy(teacher, bank, test, args.device)
-    save_file({key: tensor.contiguous() for key, tensor in teacher.state_dict().items()}, args.output)
-    print(f"k-NN after:  {after:.2f} %, {after - before:+.2f}; weights in {args.output}")
+    print(f"k-NN after:  {curve[-1]:.2f} %, {curve[-1] - curve[0]:+.2f}; weights in {args.output}")
 
 
 if __name__ == "__main__":

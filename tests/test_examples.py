@@ -169,14 +169,19 @@ def test_a_nucleus_is_a_mask_and_the_box_around_it(nuclei, monkeypatch):
 def test_cells_by_yolo(cells, tmp_path):
     pytest.importorskip("ultralytics", reason="Ultralytics is not installed")
     small = ["--epochs", 1, "--batch-size", 2, "--size", 64]
-    assert "on the photos held out" in run("detect_cells_yolo.py", "--data-dir", cells, *small, cwd=tmp_path)
+    small += ["--model", "yolov8n-container_light_nano.yaml", "--pretrained"]
+    printed = run("detect_cells_yolo.py", "--data-dir", cells, *small, cwd=tmp_path)
+    result = json.loads((tmp_path / "cells-yolo" / "result.json").read_text())
+    assert f"mAP {result['map']:.1f} %" in printed
 
 
 def test_dino(folder, tmp_path):
     pytest.importorskip("lightly", reason="lightly is not installed")
     (folder / "val").rename(folder / "test")
-    small = ["--epochs", 1, "--batch-size", 8, "--images", 32, "--test-images", 8, "--workers", 0]
+    small = ["--epochs", 2, "--batch-size", 8, "--images", 32, "--test-images", 8, "--workers", 0, "--img-size", 24]
     printed = run("dino.py", "--data-dir", folder, *small, cwd=tmp_path)
+    curve = json.loads((tmp_path / "dino.json").read_text())["knn"]
+    assert len(curve) == 3 and f"k-NN after:  {curve[-1]:.2f} %" in printed
     assert printed.startswith("k-NN before: ") and "k-NN after:  " in printed
     assert (tmp_path / "dino.safetensors").stat().st_size > 10**6
 
