@@ -493,9 +493,9 @@ def main(argv: Sequence[str] | None = None) -> float:
         if run.rank == 0:
             seconds, best = run.progress.total_seconds, run.output / "model_best.safetensors"
             counted = run.progress.history[-1]["eval_images"]
-            print(f"\n{top1:.2f} % of {counted} validation images right after {seconds:.0f} s")
-            kind = "averaged weights" if args.best == "ema" else "weights"
-            print(f"best {kind} of an epoch: {run.progress.best:.2f} %, in {best}")
+            print(f"\n{top1:.2f} % top-1 on {counted} validation images, after {seconds:.0f} s")
+            kind = " of averaged weights" if args.best == "ema" else ""
+            print(f"best epoch{kind}: {run.progress.best:.2f} %, saved in {best}")
             print(f"curves: {run.output / 'curves.png'}")
         return top1
     finally:

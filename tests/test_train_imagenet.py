@@ -3,6 +3,7 @@
 import csv
 import json
 import os
+import re
 import resource
 import shutil
 import signal
@@ -100,7 +101,7 @@ def test_main_job(tmp_path):
     result = run(cwd=tmp_path)
     assert result.returncode == 0, result.stderr
     assert "%|" in result.stderr and "img/s" in result.stderr and "data_wait=" in result.stderr
-    top1 = float(result.stdout.split("% of 360 validation images right")[0].split()[-1])
+    top1 = float(result.stdout.split("% top-1 on 360 validation images")[0].split()[-1])
     assert top1 >= 97
 
     best = tmp_path / "output" / "model_best.safetensors"
@@ -343,13 +344,13 @@ def test_plan(folder, tmp_path, monkeypatch, capsys):
     out = capsys.readouterr().out
     assert "container_light at 224 px: 20.12 M parameters, 3.847 GMACs" in out
     assert "300 epochs of 4 steps of 12 images (1 x 4 x 3)" in out
-    assert "learning rate 1.0e-06 to 1.2e-05 in 5 epochs, then to 1.0e-05" in out and " GiB per process" in out
-    assert "checkpoints of 307 MiB" in out and "48 images are few to learn from without trained weights" in out
+    assert "learning rate: 1.0e-06 to 1.2e-05 in the first 5 epochs, then down to 1.0e-05" in out
+    assert "checkpoints: 307 MiB each" in out and "48 images are few for training from scratch" in out
     # On a login node, for eight GPUs: in the recipe's 16 bits, with an eighth of the steps.
     main(["--data-dir", str(folder), "--batch-size", "2", "--dry-run", "8", "--device", "cuda"])
     planned = capsys.readouterr().out
-    assert "300 epochs of 3 steps of 16 images (8 x 2 x 1)" in planned and "on cuda, memory about " in planned
-    half, full = (float(text.split("memory about ")[1].split()[0]) for text in (planned, out))
+    assert "300 epochs of 3 steps of 16 images (8 x 2 x 1)" in planned and "on cuda: about " in planned
+    half, full = (float(re.search(r"about ([\d.]+) GiB of memory", text)[1]) for text in (planned, out))
     assert half < full
     assert [path.name for path in tmp_path.iterdir()] == ["data"]
 

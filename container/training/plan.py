@@ -69,23 +69,25 @@ def describe(run: Any) -> str:
     told = [f"{part.left_out}\n" for part in (run.train_set, run.val_set) if getattr(part, "left_out", "")]
     if len(run.train_set) < 100_000 and args.epochs >= 100 and not (args.checkpoint or args.pretrained):
         told.append(
-            f"{len(run.train_set)} images are few to learn from without trained weights: if there are any, "
-            "--recipe finetune with --checkpoint or --pretrained\n"
+            f"{len(run.train_set)} images are few for training from scratch: if you have weights, "
+            "take --recipe finetune with --checkpoint or --pretrained\n"
         )
     files = 4 * cost["params"] * (4 if args.ema_decay else 3) / 2**20
     minutes = args.epochs * run.steps * run.images / 1000 / 60
-    length = f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min"
+    length = (
+        f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min" if minutes > 1 else f"{60 * minutes:.0f} s"
+    )
     return (
         f"{args.model} at {run.size} px: {cost['params'] / 1e6:.2f} M parameters, {cost['gmacs']:.3f} GMACs\n"
-        f"{len(run.train_set)} images to train on, {len(run.val_set)} to validate on, "
-        f"{run.model.num_classes} classes\n"
+        f"{len(run.train_set)} images to train on, {len(run.val_set)} to validate on, {run.model.num_classes} classes\n"
         f"recipe {args.recipe}: {args.epochs} epochs of {run.steps} steps of {run.images} images "
         f"({run.processes} x {args.batch_size} x {args.grad_accum})\n"
-        f"learning rate {args.warmup_lr:.1e} to {run.lr:.1e} in {run.warmup_epochs} epochs, "
-        f"then to {args.min_lr:.1e}\n"
+        f"learning rate: {args.warmup_lr:.1e} to {run.lr:.1e} in the first {run.warmup_epochs} epochs, "
+        f"then down to {args.min_lr:.1e}\n"
         f"{teaching(run)}"
         f"{''.join(told)}"
-        f"on {torch.device(args.device).type}, memory about {cost['gib']:.2f} GiB per process, "
-        f"{args.workers} loaders each\n"
-        f"checkpoints of {files:.0f} MiB, three of them for a moment; {length} at 1,000 images/s"
+        f"on {torch.device(args.device).type}: about {cost['gib']:.2f} GiB of memory per process, "
+        f"{args.workers} loader workers each\n"
+        f"checkpoints: {files:.0f} MiB each, up to three at a time\n"
+        f"at 1,000 images/s it would take {length}"
     )
