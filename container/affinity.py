@@ -34,7 +34,7 @@ def _check_heads(dim: int, num_heads: int) -> int:
 
 
 class Affinity(nn.Module):
-    """What every affinity is: two views of one matrix, to whose equality the tests hold each class.
+    """Base class of affinities: a fast kernel, `forward`, and the explicit `matrix`, which tests hold equal.
 
     * `forward(x, v)` is A(x) v + bias by the fastest kernel: two maps (B, C, H, W) in, one map out. N x N is never
       formed, but by a dense `TokenMatrix`, whose parameter it is, and by attention that drops entries in training.
@@ -56,7 +56,7 @@ class Affinity(nn.Module):
 
     @property
     def bias(self) -> Optional[Tensor]:
-        """None, but for a convolution."""
+        """What `forward` adds to A(x) v: None except for a convolution."""
         return None
 
     def forward(self, x: Tensor, v: Tensor) -> Tensor:
@@ -77,7 +77,7 @@ class Affinity(nn.Module):
 
     @torch.jit.ignore
     def scale_(self, factor: float, bias: float) -> bool:
-        """Scales parameters in place, so that A becomes factor A and the bias becomes bias times itself.
+        """Scales parameters in place: A becomes `factor` times A, and the bias `bias` times itself.
 
         Returns:
             Whether it did: not where A is no parameter.
@@ -211,7 +211,7 @@ class DepthwiseConv(Affinity):
 
     @torch.jit.ignore
     def readers(self) -> Optional[Tuple[nn.Module, ...]]:
-        """None of them: x is not read."""
+        """Empty: x is not read."""
         return ()
 
     @torch.jit.ignore
@@ -303,7 +303,7 @@ class TokenMatrix(Affinity):
 
     @torch.jit.ignore
     def readers(self) -> Optional[Tuple[nn.Module, ...]]:
-        """None of them: x is not read."""
+        """Empty: x is not read."""
         return ()
 
     @torch.jit.ignore

@@ -381,7 +381,7 @@ class Container(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward pass that also returns the maps that stages end in.
+        """Forward pass that also returns the maps at the ends of stages.
 
         Args:
             x: Image (B, in_chans, H, W).

@@ -39,7 +39,7 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 class Exported(NamedTuple):
-    """What was written, and what it does here.
+    """A written file, and its figures on this machine.
 
     Attributes:
         files: The file, and what belongs to it.
@@ -67,7 +67,7 @@ class Exported(NamedTuple):
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """How a model wants its photos, and the names of its classes: what its file says under `container`.
+    """Preprocessing and class names of a model, which its file has under `container`.
 
     Args:
         model: Of timm's.

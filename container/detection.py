@@ -105,7 +105,7 @@ def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
 
 
 def features(name: str, **options: Any) -> Any:
-    """timm's model with `features_only=True`, but none for images of one size."""
+    """A timm model with `features_only=True`; models that are tied to one image size are refused."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
         raise ValueError(f"{name} is tied to one image size, and detectors see many")

@@ -60,7 +60,7 @@ _TITLE = "What does a token read?"
 
 
 class BlockInfo(NamedTuple):
-    """A block that can be looked into.
+    """A block that the page can show.
 
     Attributes:
         name: Its aggregation's name in the model.
@@ -101,7 +101,7 @@ class Row(NamedTuple):
 
 
 class Explorer:
-    """A model whose blocks are looked into, one photo and one place after the other, by any number of threads.
+    """Tells what a token of a photo reads in any block of a model; several threads may ask at once.
 
     A photo is the square that the model sees, as `side` x `side` x 3 bytes of RGB.
 
@@ -237,7 +237,7 @@ class Explorer:
 
 
 class Pane(NamedTuple):
-    """What one model is asked.
+    """The settings of one model on the page.
 
     Attributes:
         model: Its name.
@@ -294,7 +294,7 @@ def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[in
 
 
 def open_upload(path: str | Path) -> Image.Image:
-    """A photo that a visitor gives.
+    """Opens a photo that a visitor has uploaded.
 
     Args:
         path: The file; messages have its name, not its place.
@@ -499,11 +499,11 @@ class _Models:
             return self._made[name]
 
     def square(self, photo: Image.Image) -> bytes:
-        """What the first model sees of a photo when it is evaluated; so do the others."""
+        """A photo as the first model sees it in evaluation, cropped and resized; the others see the same."""
         return figures.seen(photo, self._config)[1].tobytes()
 
     def first_pane(self) -> Pane:
-        """Where there is something to mix and tokens enough to see it: the last such block of the earliest stage.
+        """The settings at the start: the last block of the earliest stage that mixes and has tokens enough to show it.
 
         Not of the very first, whose tokens have hardly met.
         """
@@ -513,7 +513,7 @@ class _Models:
         return Pane(self.names[0], max(number for number, block in mixing if block.stage == stage))
 
     def first_pixel(self) -> tuple[int, int]:
-        """An eye of the sample; it reads the other one."""
+        """The pixel at the start: an eye in the sample photo, which reads the other eye."""
         return int(0.35 * self.side), int(0.43 * self.side)
 
     def choices(self) -> list[tuple[str, str]]:
@@ -680,7 +680,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             }
 
         def told(answer: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
-            """A visitor's mistake is a line on the page."""
+            """Shows a visitor's mistake as a line on the page."""
 
             @wraps(answer)
             def answered(*args: Any) -> dict[Any, Any]:

@@ -169,7 +169,7 @@ def token_at(pixel: tuple[int, int], stride: int, grid: tuple[int, int]) -> tupl
 
 
 def watch(model: Container, image: Tensor, see: Callable[[str, Aggregation, Tensor], None]) -> Tensor:
-    """A forward pass that shows the map in front of every aggregation, one after the other, so that none is kept.
+    """A forward pass that yields the map in front of each aggregation in turn, and keeps none.
 
     Args:
         model: In evaluation mode, not fused.
@@ -385,7 +385,7 @@ def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: 
 
 
 def seen(photo: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Image.Image]:
-    """What a model is given of a photo (1, 3, H, W), and the same as a picture."""
+    """A photo as a model's input, (1, 3, H, W), and the same as a picture."""
     picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
     given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
     return given[None], to_pil_image(picture)

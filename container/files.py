@@ -1,4 +1,4 @@
-"""Files that are there whole, or not at all."""
+"""Files that are written completely or not at all."""
 
 import os
 from pathlib import Path
@@ -7,7 +7,7 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
-    """Writes a file under a temporary name, to the disk, and then gives it its own.
+    """Writes a file under a temporary name, waits for the disk, and renames it.
 
     Args:
         path: The file.

@@ -1,4 +1,4 @@
-"""Pictures as people see them."""
+"""Images as viewers show them."""
 
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ _LONGEST = 100  # times the short side; resizing a thinner picture by its short 
 
 
 def check_shape(image: Image.Image) -> None:
-    """Refuses a picture that is so long and thin that nobody can have meant it.
+    """Refuses an image that is too long and thin to be a photo.
 
     Raises:
         ValueError: It is over 100 times as long as wide.
@@ -22,7 +22,7 @@ def check_shape(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """A picture in RGB with 8 bits, its upper edge above.
+    """An image in RGB with 8 bits, upright by its EXIF orientation.
 
     Note: timm and torchvision leave a phone's photo on its side (EXIF orientation), and clip grey of 16 bits at 255, so
     that it is white. Here photos are turned, and 16 bits scaled to 8.

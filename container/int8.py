@@ -1,4 +1,4 @@
-"""A file's matrix products in 8 bits, chosen by photos, and how many photos it names as before."""
+"""int8 quantization of ONNX files by photos, and how many photos keep their class."""
 
 import ast
 import contextlib
@@ -31,7 +31,7 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 def calibration(model: nn.Module, folder: str | Path) -> Tensor:
-    """At most 300 photos from all over a folder, prepared for a model: (photos, channels, height, width).
+    """Up to 300 photos from across a folder, prepared for a model: (photos, channels, height, width).
 
     Args:
         model: Of timm's.
@@ -50,7 +50,7 @@ def calibration(model: nn.Module, folder: str | Path) -> Tensor:
 
 
 def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:
-    """The share of photos of which a file names the class that the model does.
+    """The share of photos to which a file and its model give the same class.
 
     Args:
         run: The file.
@@ -63,7 +63,7 @@ def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:
 
 
 def labelled(model: nn.Module, folder: str | Path) -> tuple[Images, Tensor]:
-    """Photos to evaluate a model on, and where their classes are among those of the model.
+    """Photos to evaluate a model on, and the model's indices of their classes.
 
     Args:
         model: Of timm's.
@@ -153,7 +153,7 @@ def _whole(of: Tensor, batch: int, count: int) -> tuple[Tensor, ...]:
 
 
 def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]:
-    """Rewrites an ONNX file in int8. Where it then names other classes too often, layers go back into float.
+    """Rewrites an ONNX file in int8. If too many photos change their class, layers go back to float.
 
     Args:
         path: The file, in float32, as torch's exporter writes it.

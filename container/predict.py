@@ -1,4 +1,4 @@
-"""What a model sees in photos: the classes that it holds most likely, by names that people read."""
+"""The most likely classes of photos, by readable names."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -17,7 +17,7 @@ SAMPLE = Path(__file__).with_name("sample.jpg")
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """What a model's classes are called in the folders that it learned from, in the order of its logits.
+    """Names of a model's classes, as its training folders had them, in the order of its logits.
 
     They are those that come with its weights; else ImageNet's, of the subset that has as many classes; else numbers.
 
@@ -38,7 +38,7 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """The same names for people: n02099601 is a golden retriever, by WordNet.
+    """Readable names of the same classes, by WordNet: n02099601 is a golden retriever.
 
     Args:
         model: Of timm's.

@@ -30,7 +30,7 @@ _CS = [10.0**power for power in range(-4, 3)]
 
 
 def features(model: nn.Module, images: Images, config: dict[str, Any], workers: int) -> tuple[Tensor, Tensor]:
-    """What a model's classifier sees of every image, and the images' classes; unreadable ones are told and left out.
+    """Pooled features of every image, and the images' classes; unreadable images are reported and left out.
 
     Args:
         model: timm's, in evaluation mode.

@@ -126,7 +126,7 @@ def _stand_in(path: str | Path) -> str | None:
 
 
 def check(name: str, path: str | Path) -> str:
-    """Holds a file against the size and the sha256 of its record.
+    """Checks a file against the size and the sha256 of its record.
 
     Args:
         name: `architecture.tag`.

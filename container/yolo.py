@@ -32,7 +32,7 @@ class _Row(nn.Module):
 
 
 class ContextAggregation(_Row):
-    """Adds to every position what it wants of one summary of the whole map, or of several.
+    """Adds one summary of the whole map, or several, to every position, each in a share that the position chooses.
 
     y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 map, k the softmax over all positions of another, v
     and m 1x1 projections. m starts at zero, so the layer begins as the identity. It is `GlobalContext`, the affinity

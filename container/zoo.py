@@ -53,7 +53,7 @@ def table(markdown: bool = False) -> str:
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows with their cells below one another."""
+    """Rows as aligned columns."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -76,7 +76,7 @@ def _summary(record: dict[str, Any] | None, markdown: bool = False) -> str:
 
 
 def verify(name: str) -> tuple[Path, str]:
-    """Holds the file of a record that is here against all that the record says: size, hash, layout, finite numbers.
+    """Checks the file of a record against all that the record says: size, hash, layout, finite numbers.
 
     Args:
         name: `architecture.tag`.
@@ -183,7 +183,7 @@ def _blank(architecture: str, tag: str, num_classes: int) -> dict[str, Any]:
 
 
 def fetch(name: str) -> Path:
-    """Brings a file that lies on a share without a hash into `weights_dir()`, converted, checked and pinned.
+    """Downloads a file that is shared without a hash into `weights_dir()`; converts, checks and pins it.
 
     Args:
         name: `architecture.tag`.

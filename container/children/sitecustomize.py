@@ -1,4 +1,4 @@
-"""Read by Python at the start of processes that `container run` starts: with timm they know the family.
+"""Imported by Python in the processes that `container run` starts, where importing timm registers the family.
 
 `container run` puts this folder in front of PYTHONPATH, so no other process reads it. Nothing is imported that the
 process does not import: the family comes with timm, once timm itself is there.
@@ -12,10 +12,10 @@ from typing import Any
 
 
 class AfterTimm:
-    """Finds timm as it would be found, and has `container` imported right after it."""
+    """Finds timm as usual, and imports `container` right after it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Timm's own spec, whose loader does one thing more; None for other modules."""
+        """timm's own spec, whose loader also imports `container`; None for other modules."""
         if name != "timm":
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))

@@ -1,4 +1,4 @@
-"""What `train_imagenet.py` wires together and timm does not have."""
+"""The parts of `train_imagenet.py` that timm does not have."""
 
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves

@@ -20,7 +20,7 @@ __all__ = ["Checkpoints", "Progress", "lock"]
 
 
 def lock(folder: Path) -> FileLock:
-    """Takes a run's folder for this process, until it is released or the process ends.
+    """Locks a run's folder for this process, until it is released or the process ends.
 
     Args:
         folder: The run's.

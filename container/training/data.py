@@ -44,7 +44,7 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
 
 
 def operations(policy: Any) -> list[Any]:
-    """The operations of an auto-augment policy of timm's, whose `aug_fn` can be another; of all else, none."""
+    """The operations of a timm auto-augment policy, whose `aug_fn` can be replaced; empty for anything else."""
     return [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]
 
 
@@ -302,7 +302,7 @@ class Images(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
     def new_unreadable(self) -> list[str]:
-        """Names of the images that were noted as unreadable since the last call.
+        """Names of images found unreadable since the last call.
 
         Raises:
             ValueError: All noted are more than 1 % of the images, and more than 10.
@@ -317,11 +317,11 @@ class Images(ImageDataset):
         return names
 
     def digest(self) -> str:
-        """16 hexadecimal digits that tell these images, by their names in their order, from others."""
+        """16 hexadecimal digits that identify these images by their names and order."""
         return hashlib.sha256("\n".join(self.filenames()).encode()).hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
-        """Refuses to go on without too many images.
+        """Refuses to go on if too many images cannot be read.
 
         Args:
             flags: (images,), which ones cannot be read, as this process or all of them know.
@@ -344,7 +344,7 @@ def _split(root: Path, names: tuple[str, ...]) -> Path:
 
 
 def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> None:
-    """Refuses data whose classes are others than those that weights or a run know, where both have names.
+    """Refuses data whose classes differ from those of weights or a run, where both have names.
 
     Args:
         of: What knows them.

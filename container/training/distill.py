@@ -96,7 +96,7 @@ class Teacher:
     def label(
         self, photos: Images, config: dict[str, Any], batch_size: int, workers: int, kept: Path | None = None
     ) -> None:
-        """Lets the class of every photo be the one that the teacher sees in it, on all processes.
+        """Makes the teacher's prediction the class of every photo, on all processes.
 
         Args:
             photos: Of a `Photos`.
@@ -121,7 +121,7 @@ class Teacher:
             write_atomically(kept, buffer.getbuffer())
 
     def digest(self) -> str:
-        """16 hexadecimal digits that tell these weights from others."""
+        """16 hexadecimal digits that identify these weights."""
         content = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             content.update(key.encode() + tensor.cpu().numpy().tobytes())

@@ -67,7 +67,7 @@ def _place() -> tuple[int, int, int]:
 
 
 class Agreement:
-    """What all processes go by after a step, so that none does otherwise than the others, or leaves them waiting.
+    """What all processes agree on after a step, so that none goes its own way or leaves the others waiting.
 
     It is on its way from the device: who reads it a step later does not wait.
 
@@ -95,7 +95,7 @@ class Agreement:
 
 
 def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Which flags are set on any process; all have to ask.
+    """Which flags are set on any process; all processes must call it.
 
     Args:
         flags: This process's.

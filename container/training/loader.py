@@ -46,7 +46,7 @@ _MOST = 16  # workers; each has its own copy of the list of files, and batches i
 
 
 def cores() -> int:
-    """Processor cores for this process: those that it may use, shared with the other processes of this machine.
+    """Processor cores for this process: those that it may use, divided among the processes of this machine.
 
     `os.cpu_count()` would count cores that a scheduler or a container gave to others.
     """
@@ -58,7 +58,7 @@ def cores() -> int:
 
 
 def default_workers() -> int:
-    """Loaders of a process: one for each of its cores but its own, at least 1 and at most 16."""
+    """Loader workers of a process: one for each of its cores but one, from 1 to 16."""
     return min(max(1, cores() - 1), _MOST)
 
 

@@ -435,7 +435,7 @@ class Run:
             self.log.add(**row, loss=loss, grad_norm=norm, loss_scale=scale, skipped=progress.skipped)
 
     def told(self) -> bool:
-        """Whether any process was told to stop; all have to ask."""
+        """Whether any process was told to stop; all processes must call it."""
         return bool(any_of(torch.tensor(self.signal.received is not None), self.task.device))
 
     def save(self, wait: bool = False) -> None:
