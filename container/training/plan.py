@@ -74,16 +74,15 @@ def describe(run: Any) -> str:
         )
     files = 4 * cost["params"] * (4 if args.ema_decay else 3) / 2**20
     minutes = args.epochs * run.steps * run.images / 1000 / 60
-    length = (
-        f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min" if minutes > 1 else f"{60 * minutes:.0f} s"
-    )
+    length = f"{minutes / 60:.0f} h" if minutes > 120 else f"{minutes:.1f} min" if minutes > 1 else "less than a minute"
+    warmup = f"{args.warmup_lr:.1e} to {run.lr:.1e} in the first {run.warmup_epochs} epochs"
+    rise = warmup if run.warmup_epochs else f"{run.lr:.1e}"
     return (
         f"{args.model} at {run.size} px: {cost['params'] / 1e6:.2f} M parameters, {cost['gmacs']:.3f} GMACs\n"
         f"{len(run.train_set)} images to train on, {len(run.val_set)} to validate on, {run.model.num_classes} classes\n"
         f"recipe {args.recipe}: {args.epochs} epochs of {run.steps} steps of {run.images} images "
         f"({run.processes} x {args.batch_size} x {args.grad_accum})\n"
-        f"learning rate: {args.warmup_lr:.1e} to {run.lr:.1e} in the first {run.warmup_epochs} epochs, "
-        f"then down to {args.min_lr:.1e}\n"
+        f"learning rate: {rise}, then down to {args.min_lr:.1e}\n"
         f"{teaching(run)}"
         f"{''.join(told)}"
         f"on {torch.device(args.device).type}: about {cost['gib']:.2f} GiB of memory per process, "
