@@ -1,6 +1,6 @@
 """A model on 32 x 32 or 64 x 64 images in a given time: data and augmentation on the device, as in the study.
 
-python -m benchmarks.cifar --data-dir cifar10 --seconds 120 --compile --out OUT
+python -m benchmarks.cifar --data-dir cifar10 --seconds 180 --graph --out OUT
 
 The speed is measured first, then as many epochs are trained as fit, with a learning rate that ends with them. The
 result is that of the last epoch; nothing is chosen by the test images. `--epochs` of the record repeats a run.
@@ -13,9 +13,11 @@ import time
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import timm
 import torch
 from safetensors.torch import save
+from timm.data import Mixup
 from torch import nn
 
 from container.files import write_atomically
@@ -24,7 +26,9 @@ from . import affinity_study as study
 from . import measure
 
 
-def epoch_seconds(model: nn.Module, data: study.Data, recipe: study.Recipe, device: torch.device, steps: int) -> float:
+def epoch_seconds(
+    model: nn.Module, data: study.Data, recipe: study.Recipe, device: torch.device, steps: int, graph: bool
+) -> float:
     """How long an epoch takes, from some steps and a look at as large a share of the test images.
 
     Args:
@@ -33,6 +37,7 @@ def epoch_seconds(model: nn.Module, data: study.Data, recipe: study.Recipe, devi
         recipe: Of the run.
         device: Where.
         steps: So many.
+        graph: Replayed as a CUDA graph.
     """
     kept = copy.deepcopy(model.state_dict())
     share = steps * recipe.batch_size / len(data.images)
@@ -44,7 +49,8 @@ def epoch_seconds(model: nn.Module, data: study.Data, recipe: study.Recipe, devi
         test_labels=data.test_labels[:test],
     )
     probe = recipe._replace(epochs=2, warmup_epochs=0)  # the first is for compilers
-    first, second = (entry["seconds"] for entry in study.train(model, 0, some, probe, device, "to measure the speed"))
+    history = study.train(model, 0, some, probe, device, "to measure the speed", graph)
+    first, second = (entry["seconds"] for entry in history)
     model.load_state_dict(kept)  # in place: a compiled model goes on knowing them
     print(f"  ready after {first:.1f} s", file=sys.stderr)
     return second / share
@@ -62,9 +68,11 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="so many, however long they take")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix, 0 for none")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--images", type=int, default=0, help="so many to train on, and half to test")
     parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile; inductor")
+    parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph; not with --compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="DIR", required=True)
     parser.add_argument("--name", default="cifar")
@@ -72,6 +80,8 @@ def main(argv: list[str] | None = None) -> None:
     device, out = measure.pick_device(args.device), Path(args.out)
     if not timm.is_model(args.model):
         raise SystemExit(f"benchmarks: timm knows no model {args.model!r}")
+    if args.graph and (args.compile or device.type != "cuda"):
+        raise SystemExit("benchmarks: --graph is for a GPU, and without --compile, which makes graphs of its own")
     study.splits(args.data_dir)
     data = study.load(args.data_dir, args.images, args.images // 2)
     if len(data.images) < args.batch_size:
@@ -79,13 +89,18 @@ def main(argv: list[str] | None = None) -> None:
     data = study.Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
     torch.manual_seed(args.seed)
     model = timm.create_model(args.model, num_classes=data.classes).to(device)
+    model = model.to(memory_format=torch.channels_last)
     if args.compile:  # its CUDA graphs make a small model as fast as its kernels
         model.compile(backend=args.compile, mode="reduce-overhead" if args.compile == "inductor" else None)
     recipe = study.Recipe(batch_size=args.batch_size, lr=args.lr)
+    mix = None
+    if args.cutmix:
+        np.random.seed(args.seed)  # where timm's CutMix draws
+        mix = Mixup(0.0, args.cutmix, label_smoothing=recipe.smoothing, num_classes=data.classes)
     epochs = args.epochs
     if epochs is None:
         steps = min(40, len(data.images) // args.batch_size)
-        epoch = epoch_seconds(model, data, recipe, device, steps)
+        epoch = epoch_seconds(model, data, recipe, device, steps, args.graph)
         epochs = max(1, int(0.9 * (args.seconds - (time.perf_counter() - start)) / epoch))
         print(f"  {epoch:.2f} s an epoch: {epochs} fit in {args.seconds:.0f} s", file=sys.stderr)
     recipe = recipe._replace(epochs=epochs, warmup_epochs=min(5, epochs // 4))
@@ -95,11 +110,13 @@ def main(argv: list[str] | None = None) -> None:
         data=data.name,
         seed=args.seed,
         compile=args.compile,
+        graph=args.graph,
+        cutmix=args.cutmix,
         recipe=recipe._asdict(),
         history=[],
     )
     out.mkdir(parents=True, exist_ok=True)
-    for entry in study.train(model, args.seed, data, recipe, device, f"{data.name}, {args.model}"):
+    for entry in study.train(model, args.seed, data, recipe, device, f"{data.name}, {args.model}", args.graph, mix):
         record["history"].append(entry)
         record["seconds"] = time.perf_counter() - start
         measure.save(out, args.name, record)

@@ -55,6 +55,40 @@ def interleave(works: dict[str, Work], rounds: int, seconds: float) -> dict[str,
     return times
 
 
+class Graphed:
+    """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
+
+    Args:
+        call: What it does; always the same, on the same tensors.
+    """
+
+    def __init__(self, call: Work) -> None:
+        self.call = call  # kept for good: a graph reads and writes its tensors, and does not keep them
+        self.replay: Work | None = None
+
+    def capture(self) -> None:
+        """Runs the call three times, to let it allocate and choose kernels, then records it without running it."""
+        side = torch.cuda.Stream()
+        side.wait_stream(torch.cuda.current_stream())
+        with torch.cuda.stream(side):
+            for _ in range(3):
+                self.call()
+        torch.cuda.current_stream().wait_stream(side)
+        graph = torch.cuda.CUDAGraph()
+        with torch.cuda.graph(graph):
+            answer = self.call()
+
+        def replay() -> Any:
+            graph.replay()
+            return answer
+
+        self.replay = replay
+
+    def __call__(self) -> Any:
+        """Does it."""
+        return self.call() if self.replay is None else self.replay()
+
+
 def device_seconds(work: Work, device: torch.device, calls: int = 5) -> float:
     """Seconds a call for which the device computes: on a GPU the sum of its kernels' times, without the gaps between.
 

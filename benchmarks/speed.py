@@ -14,8 +14,9 @@ own. What is there is saved after every round, and with --budget the command end
   amp            autocast to bfloat16
   linear         1x1 convolutions as linear layers over the positions, of any model; on a GPU `fused` does it, too
   compile        torch.compile
+  blocks         torch.compile of every block by itself: equal blocks are compiled once, so it is ready sooner
   max-autotune, reduce-overhead   torch.compile in these modes; GPU
-  graph          a CUDA graph of the call, replayed; GPU
+  graph          a CUDA graph of the call, in training of the whole step, replayed; GPU
   freeze         torch.compile, the weights as constants (inductor's freezing); CPU
   aot            torch.export, then AOTInductor (on a CPU with freezing)
   onnx           ONNX Runtime, CPU
@@ -54,12 +55,12 @@ from . import measure
 from .workers import Inline, Worker, end, first_answers
 
 SETTINGS = (
-    *("eager", "fused", "channels_last", "bf16", "amp", "linear", "compile", "graph", "freeze", "aot"),
+    *("eager", "fused", "channels_last", "bf16", "amp", "linear", "compile", "blocks", "graph", "freeze", "aot"),
     *("onnx", "openvino", "int8", "depthwise", "max-autotune", "reduce-overhead"),
 )
 MODES = {"max-autotune", "reduce-overhead"}
-COMPILED = {"compile", *MODES}
-INFERENCE_ONLY = {"fused", "graph", "freeze", "aot", "onnx", "openvino", "int8"}
+COMPILED = {"compile", "blocks", *MODES}
+INFERENCE_ONLY = {"fused", "freeze", "aot", "onnx", "openvino", "int8"}
 WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "images/s, training step"}
 
 
@@ -151,37 +152,14 @@ def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
     return model
 
 
-class Graphed:
-    """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
-
-    Args:
-        call: What it does; always the same, on the same tensors.
-    """
-
-    def __init__(self, call: measure.Work) -> None:
-        self.call = call
-
-    def capture(self) -> None:
-        """Runs the call to let it allocate and choose kernels, then records it."""
-        side = torch.cuda.Stream()
-        side.wait_stream(torch.cuda.current_stream())
-        with torch.cuda.stream(side):
-            for _ in range(3):
-                self.call()
-        torch.cuda.current_stream().wait_stream(side)
-        graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph):
-            answer = self.call()
-
-        def replay() -> Any:
-            graph.replay()
-            return answer
-
-        self.call = replay
-
-    def __call__(self) -> Any:
-        """Does it."""
-        return self.call()
+def repeated(model: nn.Module) -> list[nn.Module]:
+    """The blocks of a model: what stands in lists of two or more of one class, innermost lists only."""
+    found: list[nn.Module] = []
+    for parent in model.modules():
+        alike = isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in parent}) == 1
+        if alike and len(list(parent.children())) > 1 and not any(repeated(child) for child in parent.children()):
+            found += parent.children()
+    return found
 
 
 def prepare(
@@ -228,7 +206,12 @@ def prepare(
         return torch.autocast(device.type, torch.bfloat16) if "amp" in settings else contextlib.nullcontext()
 
     run: Callable[[Tensor], Tensor] = model
-    if settings & {*COMPILED, "freeze"}:
+    if "blocks" in settings:
+        torch._dynamo.reset()
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks; beyond it they are left as they are, silently
+        for block in repeated(model):
+            block.compile(backend=backend)
+    elif settings & {*COMPILED, "freeze"}:
         torch._dynamo.reset()
         options: dict[str, Any] = {"freezing": True} if "freeze" in settings else {}
         for mode in MODES & settings:
@@ -247,10 +230,11 @@ def prepare(
             with torch.no_grad(), cast():
                 return run(images)
 
-        return (Graphed(infer) if "graph" in settings else infer), held
+        return (measure.Graphed(infer) if "graph" in settings else infer), held
 
     labels = torch.randint(0, 1000, (len(images),), device=device)
-    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, fused=device.type == "cuda" or None)
+    kind: dict[str, Any] = dict(fused=device.type == "cuda" or None, capturable="graph" in settings)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-6, **kind)
 
     def step() -> None:
         with cast():
@@ -261,7 +245,8 @@ def prepare(
 
     step()  # makes the optimizer's state
     state = [t for group in optimizer.state.values() for t in group.values() if isinstance(t, Tensor)]
-    return step, held + sum(t.numel() * t.element_size() for t in state)
+    held += sum(t.numel() * t.element_size() for t in state)
+    return (measure.Graphed(step) if "graph" in settings else step), held
 
 
 def _aot(model: nn.Module, images: Tensor) -> Callable[[Tensor], Tensor]:
@@ -414,10 +399,10 @@ def _begin(task: Task, entry: str, seconds: float) -> tuple[int | None, int]:
     """Warms a work up while nothing else runs; returns its peak memory in a call, and the calls that fill a turn."""
     device = measure.pick_device(task.device)
     work = _works[entry]
-    if isinstance(work, Graphed):
-        work.capture()
     work()  # cuDNN tries its kernels
     peak = None if "onnx" in entry or "openvino" in entry else measure.peak_memory(work, device)
+    if isinstance(work, measure.Graphed):  # a replay allocates nothing, so its memory was measured before
+        work.capture()
     once = _turn(task, entry, 1)
     return peak, max(1, math.ceil(seconds / once)) if once else 1000
 
@@ -636,7 +621,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
     import matplotlib.pyplot as plt
 
     works = list(dict.fromkeys(row["work"] for row in record["rows"]))
-    by_work = [[row for row in record["rows"] if row["work"] == work and "seconds" in row] for work in works]
+    by_work = [[row for row in record["rows"] if row["work"] == work and row.get("seconds")] for work in works]
     height = 1.2 + 0.3 * max(len(rows) for rows in by_work)
     figure, axes = plt.subplots(1, len(works), figsize=(7 * len(works), height), squeeze=False, layout="constrained")
     names = list(dict.fromkeys(row["model"] for row in record["rows"]))

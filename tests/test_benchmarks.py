@@ -20,7 +20,7 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import distill, gpu, measure, memory, parts, roofline, speed
+from benchmarks import cifar, distill, gpu, measure, memory, parts, roofline, speed
 from benchmarks.workers import Worker, descendants, end, first_answers
 from container import weights
 
@@ -240,16 +240,38 @@ def test_released_code_from_a_path(tmp_path):
         assert "no container_v1_light" in refused(speed, *words, "--released", path)
 
 
+@pytest.mark.parametrize(
+    "name, blocks",
+    [("container_light", 18), ("container_nano", 13), ("resnet50", 16), ("convnext_tiny", 18), ("pvt_v2_b2", 16)],
+)
+def test_blocks_of_a_model(name, blocks):
+    """Those of its stages, and no list of stages around them."""
+    with torch.device("meta"):
+        assert len(speed.repeated(timm.create_model(name))) == blocks
+
+
+def test_equal_blocks_are_compiled_once():
+    """Thirteen blocks, fewer graphs; and eager mode's answers."""
+    torch._dynamo.utils.counters.clear()
+    model, images = timm.create_model("container_light_nano", num_classes=10), torch.randn(2, 3, 64, 64)
+    eager, compiled = (
+        speed.prepare(speed.Entry("", (setting,)), model, images, False, "aot_eager")[0]()
+        for setting in ("eager", "blocks")
+    )
+    assert 4 <= torch._dynamo.utils.counters["stats"]["unique_graphs"] <= 7
+    assert torch.allclose(eager, compiled, atol=1e-5)
+
+
 @pytest.mark.slow
 def test_models_side_by_side_in_processes(tmp_path):
     """Rows in the order of the entries, whichever is ready first; a graph is refused where there is no GPU."""
-    entries = ["container_light_nano:eager,compile,graph", "resnet10t"]
+    entries = ["container_light_nano:eager,compile,blocks,graph", "resnet10t"]
     options = ["--batch-size", 2, "--img-size", 32, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--jobs", 2]
     done = command("speed", *entries, *options, "--backend", "eager", "--budget", 120, "--out", tmp_path, code=1)
     rows = json.loads((tmp_path / "speed.json").read_text())["rows"]
-    assert [row["entry"].partition(":")[2] for row in rows] == ["eager", "compile", "graph", "eager"]
-    assert [len(row.get("seconds", [])) for row in rows] == [2, 2, 0, 2]
-    assert rows[2]["error"] == "ValueError: graph is for a GPU" and "3 of 4 rows measured" in done.stderr
+    assert [row["entry"].partition(":")[2] for row in rows] == ["eager", "compile", "blocks", "graph", "eager"]
+    assert [len(row.get("seconds", [])) for row in rows] == [2, 2, 2, 0, 2]
+    assert rows[3]["error"] == "ValueError: graph is for a GPU" and "4 of 5 rows measured" in done.stderr
     assert rows[0]["faster"] == [1.0, 1.0]
 
 
@@ -492,6 +514,12 @@ def test_cifar_repeats_itself_and_leaves_its_weights(images, tmp_path):
         record = json.loads((tmp_path / name / "cifar.json").read_text())
         outs.append([(entry["train_loss"], entry["top1"]) for entry in record["history"]])
     assert np.allclose(outs[0], outs[1], rtol=1e-4) and len(outs[0]) == 2
+    assert "--graph is for a GPU" in refused(cifar, *words, "--graph", "--out", tmp_path / "third")
+    for name in ("mixed", "again"):  # an alpha of 1 mixes every batch, and pasted parts make the loss larger
+        command("cifar", *words, "--cutmix", 1, "--out", tmp_path / name)
+    mixed, again = (json.loads((tmp_path / name / "cifar.json").read_text())["history"] for name in ("mixed", "again"))
+    assert [entry["train_loss"] for entry in mixed] == [entry["train_loss"] for entry in again]
+    assert mixed[-1]["train_loss"] > outs[0][-1][0]
     path = tmp_path / "one" / "container_light_nano_32.safetensors"
     model = timm.create_model("container_light_nano_32", num_classes=2, checkpoint_path=path).eval()
     pixels = [np.asarray(Image.open(file)) for file in sorted((images / "test" / "bright").glob("*.png"))]

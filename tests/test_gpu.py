@@ -148,6 +148,35 @@ def test_compiled(name, device, record):
         assert record("bfloat16", distance(compiled(images).float().cpu(), expected[0])) < 5e-2
 
 
+def test_a_replayed_training_step(device, record):
+    """A CUDA graph of a step trains as calls do, whoever else holds its tensors; on a CPU both are calls."""
+
+    def make():
+        torch.manual_seed(0)
+        model = create("container_light_nano", **TINY).to(device).train()
+        images = torch.randn(8, 3, 64, 64, generator=torch.Generator().manual_seed(0)).to(device)
+        targets = torch.arange(8, device=device) % model.num_classes
+        optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3, capturable=device.type == "cuda")
+
+        def step():
+            F.cross_entropy(model(images), targets).backward()
+            optimizer.step()
+            optimizer.zero_grad()
+
+        return model, measure.Graphed(step)
+
+    weights = []
+    for graph in (False, device.type == "cuda"):
+        model, work = make()
+        if graph:
+            work.capture()  # after three calls
+            torch.cuda.empty_cache()
+        for _ in range(2 if graph else 5):
+            work()
+        weights.append(torch.cat([p.detach().flatten().cpu() for p in model.parameters()]))
+    assert record("weights", distance(weights[1], weights[0])) < 1e-3
+
+
 @pytest.mark.parametrize("name", MEMBERS)
 def test_float32(name, device, record):
     """Logits and gradients of every member; TensorFloat-32 would be off by 1e-3."""
