@@ -37,17 +37,17 @@ class Affinity(nn.Module):
     """Base class of affinities: a fast kernel, `forward`, and the explicit `matrix`, which tests hold equal.
 
     * `forward(x, v)` is A(x) v + bias by the fastest kernel: two maps (B, C, H, W) in, one map out. N x N is never
-      formed, but by a dense `TokenMatrix`, whose parameter it is, and by attention that drops entries in training.
+      formed, except by a dense `TokenMatrix`, whose parameter it is, and by attention with dropout in training.
     * `matrix(x)` is A(x) written out from its formula, (B or 1, M, N, N): for pictures and tests.
 
     Channels are head-major: head m owns channels m D to (m + 1) D - 1.
 
-    A class of one's own needs these two and `num_heads`. It is rewritten for inference (`Block.fuse`) only as far as
-    it says how, by `readers` and `scale_`, beside its `forward` or below; what it does not say stays as it is.
+    A subclass needs these two methods and `num_heads`. `Block.fuse` rewrites it for inference only as far as `readers`
+    and `scale_` allow, if they are defined in the same class as `forward` or in a subclass of it.
 
     Attributes:
         num_heads: M, the number of distinct matrices.
-        bias: What `forward` adds to A(x) v, (C,); None for nothing.
+        bias: Added to A(x) v by `forward`, (C,); None if nothing is added.
     """
 
     __jit_unused_properties__ = ["bias"]
@@ -69,9 +69,9 @@ class Affinity(nn.Module):
 
     @torch.jit.ignore
     def readers(self) -> Optional[Tuple[nn.Module, ...]]:
-        """The 1x1 convolutions through which alone it reads x, so that an affine norm may move into them.
+        """The only 1x1 convolutions that read x, so that an affine norm can be folded into them.
 
-        Empty if it does not read x; None if it reads x in another way.
+        Empty if the affinity does not read x; None if something else reads x as well.
         """
         return None
 
@@ -80,7 +80,7 @@ class Affinity(nn.Module):
         """Scales parameters in place: A becomes `factor` times A, and the bias `bias` times itself.
 
         Returns:
-            Whether it did: not where A is no parameter.
+            Whether the parameters were scaled; False if A is not a parameter.
         """
         return False
 
@@ -96,7 +96,7 @@ class SelfAttention(Affinity):
     Args:
         dim: Channels C.
         num_heads: Matrices M; must divide `dim`.
-        attn_drop: Probability with which an entry of A is dropped in training.
+        attn_drop: Dropout probability of the entries of A, in training.
 
     Raises:
         ValueError: `dim` is not divisible by `num_heads`.
@@ -153,7 +153,7 @@ class DepthwiseConv(Affinity):
 
     A_cij = w_c[p_j - p_i] where token j lies in the window around token i, else 0; p is a token's (row, column).
 
-    A trained convolution also adds a bias after A V. It is no part of `matrix`; the gate scales it with beta, as in the
+    The convolution also adds a bias after A V. The bias is not part of `matrix`; the gate scales it by beta, as in the
     released code. So `forward(x, v) - forward(x, 0)` is A v.
 
     Source: paper (A_conv); the released code has it, 5x5, in every block of CONTAINER-LIGHT.
@@ -229,18 +229,18 @@ class DepthwiseConv(Affinity):
 class TokenMatrix(Affinity):
     """Static, dense affinity: the token-mixing matrix itself is the parameter.
 
-    A_m = L_m, or A_m = L_m R_m of rank r where N is so large that N x N parameters are too many.
-    One head is the (linear) token mixing of MLP-Mixer; several are its multi-head form and the table of CONTAINER-PAM.
+    A_m = L_m, or A_m = L_m R_m of rank r where N is too large for N x N parameters.
+    One head is the (linear) token mixing of MLP-Mixer; several are its multi-head form, and the table of CONTAINER-PAM.
 
     Source: paper (A_mlp = W_MLP^T) and its CONTAINER-PAM listing (a table per head, truncated normal).
     Cost: O(N^2 C) and M N^2 parameters dense; O(N r C) and 2 M N r parameters with rank r.
 
-    Note: the paper's tables are dense; the low rank is ours, so that the family can have one at a 56x56 grid.
+    Note: the paper's tables are dense. The low rank is ours; without it a 56x56 grid would be out of reach.
 
     Args:
         dim: Channels C.
         num_heads: Matrices M; must divide `dim`.
-        grid: (H, W) to which the matrix is tied; `set_input_size` resamples it to another one.
+        grid: (H, W) that the matrix is tied to; `set_input_size` resamples it to another grid.
         rank: r, or None for a dense matrix.
 
     Raises:
@@ -315,10 +315,10 @@ class TokenMatrix(Affinity):
 
     @torch.jit.ignore
     def resample(self, left: Tensor, right: Optional[Tensor], grid: Tuple[int, int]) -> Tuple[Tensor, Optional[Tensor]]:
-        """Resamples factors, which know their grid, to another one, bicubically.
+        """Resamples the factors of a token matrix to another grid, bicubically.
 
-        Rows are read at the new tokens. Columns too, scaled by N / N', so that a token goes on reading the same total
-        weight when there are more or fewer tokens to read.
+        Rows and columns are interpolated at the new tokens. Columns are also scaled by N / N', so that the total weight
+        that a token reads stays the same.
 
         Args:
             left: (M, H, W, N), or (M, H, W, r) where `right` is given.
@@ -355,7 +355,7 @@ class TokenMatrix(Affinity):
 
 
 class GlobalContext(Affinity):
-    """Dynamic affinity of rank one: all tokens read one summary of the image, each as much as it wants.
+    """Dynamic affinity of rank one: all tokens read one summary of the image, each with a weight of its own.
 
     A(x)_ij = sigmoid(a_i) softmax(k)_j, with a and k two 1x1 projections of x to one channel.
 

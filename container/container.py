@@ -113,7 +113,7 @@ class Stage(nn.Module):
 
 
 def _per_stage(name: str, value: PerStage[T], num_stages: int) -> List[T]:
-    """One value for every stage; a single value (a string too) stands for all of them.
+    """One value per stage; a single value (a string too) is repeated for all of them.
 
     Raises:
         ValueError: `value` is a sequence of another length.
@@ -136,10 +136,10 @@ def _create_affinity(
     attn_drop: float,
     dd: Dict[str, Any],
 ) -> Optional[Affinity]:
-    """The affinity of that name, or None for 'none'; each takes what it needs of a stage's settings.
+    """The affinity of that name, or None for 'none'; each uses the settings of the stage that it needs.
 
     Raises:
-        ValueError: No affinity of that role has that name.
+        ValueError: There is no dynamic (or static) affinity of that name.
     """
     if name not in _AFFINITIES[role]:
         raise ValueError(f"unknown {role} affinity {name!r}: choose from {', '.join(_AFFINITIES[role])}")
@@ -162,34 +162,34 @@ class Container(nn.Module):
     Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the
     family is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
 
-    Takes any image size, square or not, odd or even, unless a stage holds a `TokenMatrix`: that one is tied to
-    `img_size`, see `set_input_size`. Below 32 x 32 pixels the last stage has one token.
+    Any image size works, square or not, odd or even, unless a stage has a `TokenMatrix`, which is tied to `img_size`
+    (see `set_input_size`). Below 32 x 32 pixels the last stage has a single token.
 
     Source: paper (the aggregation); everything around it (stem, norms, `pos_conv`, head) from the released code.
-    Note: the release drops out after the stem too; here `drop_rate` acts before the classifier, as timm has it.
+    Note: the release also applies dropout after the stem; here `drop_rate` acts before the classifier, as in timm.
 
     Args:
         in_chans: Channels of the image.
         num_classes: Width of the classifier; 0 for none.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
-        output_stride: 8, 16 or 32; beyond it patch embeddings stop striding, and convolutions after them dilate.
-        img_size: Image size, int or (H, W), to which token matrices are tied; other affinities do not read it.
+        output_stride: 8, 16 or 32; beyond it, patch embeddings have stride 1 and later convolutions are dilated.
+        img_size: Image size, int or (H, W), that token matrices are tied to; other affinities ignore it.
         depths: Blocks per stage.
         embed_dims: Channels per stage.
         patch_sizes: Downsampling per stage, the first by the stem.
         mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
         dynamic: 'attention', 'context', 'double' or 'none', per stage.
         static: 'conv' (5x5), 'matrix' or 'none', per stage.
-        gate: How alpha and beta come about where both affinities are there: 'convex' (released), 'free' (paper), or
-            'sum' for alpha = beta = 1.
+        gate: How alpha and beta are computed where a stage has both affinities: 'convex' (released), 'free' (paper),
+            or 'sum' for alpha = beta = 1.
         num_heads: Heads of attention and token matrices, per stage.
         ranks: Rank of token matrices, per stage; 0 for dense ones.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after aggregation and in the MLP.
         attn_drop_rate: Dropout on the entries of attention.
         drop_path_rate: Probability that the last block's branches are dropped; rises linearly from 0 over the blocks.
-        norm_layer: Norm of the blocks and before the head: a class, a partial, or a timm name.
-        act_layer: Activation of the MLP: likewise.
+        norm_layer: Norm in the blocks and before the head: a class, a partial, or a timm name.
+        act_layer: Activation of the MLP: a class, a partial, or a timm name.
 
     Raises:
         ValueError: A per-stage argument has the wrong length, an affinity or gate is unknown, `output_stride` is not 8,
@@ -317,8 +317,8 @@ class Container(nn.Module):
     def no_weight_decay(self) -> Set[str]:
         """Names exempt from weight decay beside those of one dimension (norms, biases, gates), which timm exempts.
 
-        Source: released code. It means to exempt `pos_conv`, but by a name that none of its parameters has, so the
-        published weights were trained with every kernel decayed; so are ours.
+        Source: released code. It tries to exempt `pos_conv`, but by a name that matches no parameter, so the published
+        weights were trained with weight decay on every kernel. Ours are, too.
         """
         return set()
 
@@ -336,8 +336,8 @@ class Container(nn.Module):
     def set_grad_checkpointing(self, enable: bool = True) -> None:
         """Recomputes each block in the backward pass instead of keeping its activations.
 
-        Batch norms then see every batch twice and update their running statistics twice, as in every timm model;
-        gradients are those of a step without. Frozen norms are not concerned.
+        Batch norms then see every batch twice and update their running statistics twice, as in every timm model.
+        Gradients do not change. Frozen norms are unaffected.
         """
         for stage in self.stages:
             stage.grad_checkpointing = enable  # type: ignore[assignment]
@@ -385,9 +385,9 @@ class Container(nn.Module):
 
         Args:
             x: Image (B, in_chans, H, W).
-            indices: The last n stages if an int, these stages if a sequence, all of them if None.
-            norm: Apply the final norm to the last stage's map; no other map has one.
-            stop_early: Stop after the last stage asked for; the final map is then that stage's.
+            indices: The last n stages if an int, these stages if a sequence, all stages if None.
+            norm: Apply the final norm to the last stage's map; the other maps have none.
+            stop_early: Stop after the last stage requested, whose map is then the final one.
             output_fmt: 'NCHW', the only format.
             intermediates_only: Leave out the final map.
 
@@ -423,15 +423,15 @@ class Container(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Removes what the given stages do not need.
+        """Removes everything that the given stages do not need.
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: Also remove the final norm; it goes with the last stage anyway.
-            prune_head: Also remove the classifier and the pooling; likewise.
+            prune_norm: Also remove the final norm, which is removed with the last stage in any case.
+            prune_head: Also remove the pooling and the classifier, which are removed with the last stage in any case.
 
         Returns:
-            The indices of the stages asked for.
+            The indices of the stages requested.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
@@ -489,16 +489,16 @@ def is_released(state_dict: Dict[str, Any]) -> bool:
 
 
 def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """The released layout of CONTAINER-LIGHT in our names.
+    """Renames a checkpoint of the released CONTAINER-LIGHT to our layout.
 
     Args:
         state_dict: The weights under `model` in the released file.
 
     Returns:
-        The same tensors under our names, with the projection to Q, K and V of mixed blocks cut in two.
+        The same tensors under our names; the joint Q, K, V projection of mixed blocks is split in two.
 
     Raises:
-        ValueError: It is not the released layout; keys that are foreign to it are left for the model to refuse.
+        ValueError: It is not the released layout. Unknown keys are kept, and the model refuses them.
     """
     renamed: Dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -519,16 +519,16 @@ def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
     """Makes a checkpoint fit a model, or refuses it before anything is loaded.
 
-    Takes our own layout and the released one, bare or under `state_dict` / `model`, with image channels of any number
-    (timm adapts them); token matrices are resampled to the model's grids. A classifier as wide as the model's is kept,
-    and one of another width is left out where the model was asked for other classes than its pretrained cfg has.
+    Takes our layout or the released one, bare or under `state_dict` / `model`, with any number of image channels (timm
+    adapts them). Token matrices are resampled to the model's grids. A classifier is kept if its width fits. Otherwise
+    it is dropped, but only if the model was asked for another number of classes than its pretrained cfg has.
 
     Args:
         state_dict: The checkpoint.
         model: The model to load it into.
 
     Returns:
-        A state dict in the model's own names and shapes, but for the first convolution and a classifier left out.
+        A state dict in the model's names and shapes, except for the first convolution and a dropped classifier.
 
     Raises:
         ValueError: Keys are missing or left over, or shapes differ.
@@ -736,7 +736,7 @@ def container_light_base(pretrained: bool = False, **kwargs: Any) -> Container:
 def container(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER: attention and 5x5 convolution mixed in every stage, gated by free alpha and beta. Reconstruction.
 
-    `container_light_mlp4` with heads of dimension 32 everywhere fits the paper's 22M; nothing of it was
+    `container_light_mlp4` with heads of dimension 32 in every stage matches the paper's 22M. No code of it was
     released.
     """
     model_args = dict(dynamic="attention", gate="free")
@@ -754,7 +754,7 @@ def container_nano(pretrained: bool = False, **kwargs: Any) -> Container:
 def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER-PAM: a matrix per head added to attention after the softmax, alpha = beta = 1. Reconstruction.
 
-    The paper's listing changes DeiT; this is the same change on `container`. Tied to its image size.
+    The paper's listing modifies DeiT; this is the same change to `container`. Tied to its image size.
     """
     model_args = dict(dynamic="attention", static="matrix", gate="sum", ranks=_RANKS)
     return _create_container("container_pam", pretrained, **dict(model_args, **kwargs))

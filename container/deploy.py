@@ -1,7 +1,7 @@
-"""Models as files for other runtimes: made from the fused model, and kept only if they give its answers.
+"""Exports models for other runtimes. Files are made from the fused model, and kept only if their answers equal its own.
 
-With a file goes what whoever runs it has to know: how photos are prepared, and the names of the classes. It is JSON,
-under `container`, in the metadata of the file.
+A file comes with what is needed to run it: preprocessing and class names, as JSON under `container` in the file's
+metadata.
 """
 
 import contextlib
@@ -39,19 +39,19 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 class Exported(NamedTuple):
-    """A written file, and its figures on this machine.
+    """An exported file, and its measurements on this machine.
 
     Attributes:
-        files: The file, and what belongs to it.
-        difference: Largest difference from the model's answers, as a share of the largest number in them.
-        bytes: Size of the files.
-        load_seconds: How long its runtime takes until it can answer.
-        milliseconds: A batch of one, or None if it does not take one.
-        images_per_second: In batches of `batch`.
-        batch: Images in a batch.
-        agreement: Of the photos that int8 was chosen by, the share of which the file names the model's class.
-        in_float: Layers that int8 would have cost too much.
-        accuracy: Top-1 of the model and of the file in percent, and of how many photos.
+        files: The file, and any files that belong to it.
+        difference: Largest difference from the model's answers, relative to the largest value in them.
+        bytes: Total size of the files.
+        load_seconds: Time until its runtime is ready.
+        milliseconds: Latency at batch 1, or None if the file does not take it.
+        images_per_second: Throughput in batches of `batch`.
+        batch: Batch size.
+        agreement: For int8, the share of calibration photos with the same class as from the model.
+        in_float: Layers left in float, because int8 would cost too much accuracy.
+        accuracy: Top-1 of the model and of the file in percent, and the number of photos.
     """
 
     files: list[Path]
@@ -67,10 +67,10 @@ class Exported(NamedTuple):
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Preprocessing and class names of a model, which its file has under `container`.
+    """Preprocessing and class names of a model, stored under `container` in its file.
 
     Args:
-        model: Of timm's.
+        model: A timm model.
     """
     network: Any = model
     config = resolve_model_data_config(model)
@@ -100,26 +100,27 @@ def export(
     calibrate: str | Path | None = None,
     evaluate: str | Path | None = None,
 ) -> Exported:
-    """Writes a model for another runtime, and compares its answers with those of the model before fusing.
+    """Exports a model for another runtime, and compares the file's answers with those of the unfused model.
 
-    Inputs are `images`, float32 of shape (batch, channels, height, width), prepared as `preprocessing` says. Outputs
-    are `logits`, or `stage1` to `stage4` of a model made with `features_only=True`.
+    The input is `images`, float32 (batch, channels, height, width), prepared according to `preprocessing`. Outputs are
+    `logits`, or `stage1` to `stage4` of a model made with `features_only=True`.
 
     Args:
-        model: Of timm's, in evaluation mode, in float32.
-        out: The file; its suffix has to be that of the format.
+        model: A timm model in evaluation mode, in float32.
+        out: The file, with the suffix of its format.
         format: One of `FORMATS`.
-        batch: Images in a batch, or None for any number.
-        dynamic_size: Whether images may have any height and width, too.
-        calibrate: A folder of photos by which int8 is chosen, for ONNX and OpenVINO; None for float32. Such a file has
-            no answers to compare, so it has to name the model's class on 95 % of these photos.
-        evaluate: A folder of class folders, of which both name photos.
+        batch: Batch size, or None for any.
+        dynamic_size: Whether to accept any height and width.
+        calibrate: Folder of photos to calibrate int8 with, for ONNX and OpenVINO; None for float32. int8 answers are
+            not compared; instead the file has to predict the model's class on 95 % of these photos.
+        evaluate: Folder of class folders on which to measure the accuracy of both.
 
     Raises:
         ImportError: The format's package, or NNCF for int8, is not installed.
         OSError: The file cannot be written.
-        ValueError: The model is tied to its size, the suffix is another's, or the answers differ by more than `BOUND`.
-            int8 is for another format, for maps, or names other classes. Nothing is left then.
+        ValueError: The model is tied to its size, the suffix is not the format's, or the answers differ by more than
+            `BOUND`. For int8: the format has none, the outputs are feature maps, or too many classes differ. No file is
+            left behind.
     """
     out, network = Path(out), model
     if model.training:

@@ -1,7 +1,7 @@
 """Backbones under torchvision's detectors: feature pyramids, RetinaNet, Mask R-CNN.
 
-Source: the paper puts CONTAINER-LIGHT under both, with a feature pyramid network (FPN); its detection code was never
-released, so what follows are torchvision's parts and the field's usual settings.
+Source: the paper uses CONTAINER-LIGHT in both, with a feature pyramid network (FPN). Its detection code was never
+released, so these are torchvision's parts with the usual settings.
 """
 
 import copy
@@ -25,13 +25,13 @@ class FeaturePyramid(nn.Module):
     """A timm backbone, made with `features_only=True`, and torchvision's FPN on the last `levels` of its maps, or all.
 
     Image (B, 3, H, W) -> maps by name, the finest first, each (B, out_channels, ceil(H / r), ceil(W / r)) for its r in
-    `reduction`; other families may round down. Arguments are those of `feature_pyramid`, and it raises the same. The
-    body has to return the last level that is frozen.
+    `reduction`; other families may round down. Arguments and errors are those of `feature_pyramid`. If levels are
+    frozen, the body has to return the last frozen one.
 
     Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, by torchvision.
 
     Attributes:
-        out_channels: As given; torchvision's detectors read it.
+        out_channels: Channels of every map, which torchvision's detectors read.
         reduction: Pixels per position of each map.
     """
 
@@ -72,9 +72,10 @@ def maps(body: nn.Module, x: Tensor) -> list[Tensor]:
 
 
 def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
-    """Freezes the parameters that a level depends on, and names the modules that it depends on.
+    """Freezes the parameters that a level depends on, and returns the names of their modules.
 
-    The graph of a trial pass on device meta tells. Names do not, as wrappers change them, nor does the modules' order.
+    The autograd graph of a trial pass on device meta shows them. Module names and order are not enough: wrappers
+    change the names.
     """
     twin: Any = copy.deepcopy(body).to("meta", torch.float32).train()
     made: dict[nn.Module, set[Any]] = defaultdict(set)
@@ -123,24 +124,25 @@ def feature_pyramid(
     drop_path_rate: float = 0.0,
     grad_checkpointing: bool = False,
 ) -> FeaturePyramid:
-    """A feature pyramid on any timm model that has features of any image size.
+    """A feature pyramid on any timm model that takes images of any size.
 
     Args:
-        name: timm's, as in `timm.create_model`.
+        name: Model name, as in `timm.create_model`.
         pretrained: Start from its pretrained weights.
-        levels: The last so many of its maps: 4 for strides 4 to 32, 3 for 8 to 32.
-        coarser: Maps beyond these: 1 by pooling (as Mask R-CNN has it), 2 by convolutions of stride 2 (RetinaNet).
+        levels: Number of maps, counted from the coarsest: 4 for strides 4 to 32, 3 for strides 8 to 32.
+        coarser: Number of additional, coarser maps: 1 by pooling (Mask R-CNN), 2 by convolutions of stride 2
+            (RetinaNet).
         out_channels: Channels of every map.
-        norm: 'frozen' for batch norms with fixed statistics and scales, else one of timm's, such as 'groupnorm1'. None
-            means 'frozen' with pretrained weights, as detectors' batches are small, and the model's own norm without.
-        frozen_stages: So many of the model's feature levels, and all before them, are not trained: they get no
-            gradients, and their norms and stochastic depth behave as in evaluation, also after `train()`.
+        norm: 'frozen' for batch norms with fixed statistics and scales, or a timm name such as 'groupnorm1'. None means
+            'frozen' with pretrained weights, because detectors' batches are small, and the model's own norm otherwise.
+        frozen_stages: Number of feature levels, counted from the image, that are not trained. They get no gradients,
+            and their norms and stochastic depth stay in evaluation mode, even after `train()`.
         drop_path_rate: Stochastic depth of the backbone's last block.
         grad_checkpointing: Recompute blocks in the backward pass, which saves most of the backbone's memory.
 
     Raises:
         RuntimeError: timm has no such model, or no such weights.
-        ValueError: The model is tied to an image size, or an argument does not fit it.
+        ValueError: The model is tied to one image size, or an argument does not fit the model.
     """
     norms = create_norm._NORM_MAP
     if norm not in (None, "frozen", *norms):
@@ -169,17 +171,17 @@ def retinanet(
 ) -> RetinaNet:
     """torchvision's RetinaNet on a backbone: three levels and two coarser ones, nine anchors at each position.
 
-    The anchors of a level with stride r are squares, and rectangles of 1:2 and 2:1, of 4 r, 5 r and 6.3 r pixels.
+    At stride r the anchors are squares and rectangles of 1:2 and 2:1, with sides of 4 r, 5 r and 6.3 r pixels.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Sizes are the usual ones on COCO.
 
     Args:
-        name: timm's, of the backbone.
-        num_classes: Classes, labelled 0 to `num_classes` - 1.
-        min_size: Short side of an image in pixels, to which it is resized.
-        max_size: Limit on its long side.
-        levels: Of the backbone.
-        **pyramid: Further arguments of `feature_pyramid`, which says what it raises.
+        name: timm name of the backbone.
+        num_classes: Number of classes, labelled 0 to `num_classes` - 1.
+        min_size: Images are resized to this short side, in pixels.
+        max_size: Upper limit of the long side, in pixels.
+        levels: Number of the backbone's maps.
+        **pyramid: Further arguments of `feature_pyramid`, whose errors it also raises.
     """
     backbone = feature_pyramid(name, levels=levels, coarser=2, **pyramid)
     sizes = tuple(tuple(int(4 * r * 2 ** (i / 3)) for i in range(3)) for r in backbone.reduction)
@@ -189,9 +191,9 @@ def retinanet(
 def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 1333, **pyramid: Any) -> MaskRCNN:
     """torchvision's Mask R-CNN on a backbone: four levels and a pooled one, three anchors at each position.
 
-    The anchors of a level with stride r are a square, and rectangles of 1:2 and 2:1, of 8 r pixels.
+    At stride r the anchors are a square and rectangles of 1:2 and 2:1, with a side of 8 r pixels.
 
-    Source: He et al., "Mask R-CNN", ICCV 2017. Arguments as for `retinanet`; the background counts, as class 0.
+    Source: He et al., "Mask R-CNN", ICCV 2017. Arguments as for `retinanet`, but the background counts as class 0.
     """
     backbone = feature_pyramid(name, coarser=1, **pyramid)
     sizes = tuple((8 * r,) for r in backbone.reduction)

@@ -1,8 +1,8 @@
-"""Pictures of what a model's affinities do with an image.
+"""Pictures of a model's affinities on an image.
 
-`container figures IMAGE --model NAME[.tag] --out DIR` draws four: the rows of the affinities at one token, alpha and
-beta of every block, entropy and reach of every head, and the pyramid of features. Rows are computed for some
-tokens at a time, by the affinities' own kernels: no N x N is formed, at any image size.
+`container figures IMAGE --model NAME[.tag] --out DIR` draws four: the affinities' rows at one token, alpha and beta of
+every block, entropy and reach of every head, and the feature pyramid. Rows are computed for a few tokens at a time by
+the affinities' own kernels, so no N x N matrix is formed at any image size.
 """
 
 import math
@@ -54,18 +54,18 @@ def _split(tokens: Sequence[tuple[int, int]], x: Tensor) -> list[Sequence[tuple[
 def rows(
     apply: Callable[[Tensor, Tensor], Tensor], num_heads: int, x: Tensor, tokens: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Rows of an affinity, without the affinity: A_ij = d y_i / d v_j of y = A(x) v.
+    """Rows of an affinity from its kernel alone: A_ij = d y_i / d v_j for y = A(x) v.
 
-    One backward pass through the kernel gives the rows of all heads, since each reads channels of its own.
+    One backward pass gives the rows of all heads, because each head has channels of its own.
 
     Args:
-        apply: (x, v) -> A(x) v, or that plus what does not depend on v, as an affinity's `forward`.
-        num_heads: Its matrices M.
+        apply: (x, v) -> A(x) v, plus anything that does not depend on v, such as an affinity's `forward`.
+        num_heads: Number of matrices M.
         x: Map (1, C, H, W).
         tokens: (row, column) of each token i on that grid.
 
     Returns:
-        (tokens, M, H, W): what token i reads of every token.
+        (tokens, M, H, W): the weight with which token i reads each token.
 
     Raises:
         ValueError: A token lies outside the grid, or `x` is not one map.
@@ -96,11 +96,11 @@ def entropy(rows: Tensor) -> Tensor:
 
 
 def reach(rows: Tensor, tokens: Sequence[tuple[int, int]], stride: int) -> Tensor:
-    """Pixels: the mean distance from token i to what it reads, sum_j p_j |x_j - x_i| with p as in `entropy`.
+    """Mean distance in pixels between a token and what it reads, sum_j p_j |x_j - x_i| with p as in `entropy`.
 
     Args:
-        rows: (tokens, M, H, W), as from `rows`.
-        tokens: Their (row, column).
+        rows: (tokens, M, H, W), from `rows`.
+        tokens: (row, column) of each token.
         stride: Pixels per token.
 
     Returns:
@@ -129,17 +129,17 @@ def gates(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 class BlockView(NamedTuple):
-    """What the affinities of a block do with an image; each by 'dynamic', 'static' and 'mixed', where the block has it.
+    """A block's affinities on an image, each under 'dynamic', 'static' and 'mixed' if the block has it.
 
     Attributes:
-        name: The aggregation's name in the model.
-        stage: Its stage, from 0.
+        name: Name of the aggregation in the model.
+        stage: Index of its stage, from 0.
         stride: Pixels per token.
         grid: (H, W) in tokens.
-        token: (row, column) of the token that is drawn.
-        rows: (H, W), its row of |A|, the mean over heads.
-        entropy: (M,), the mean over some tokens of the image, in bits.
-        reach: (M,), likewise, in pixels.
+        token: (row, column) of the token in the picture.
+        rows: (H, W), that token's row of |A|, averaged over heads.
+        entropy: (M,), averaged over a sample of tokens, in bits.
+        reach: (M,), averaged over the same tokens, in pixels.
     """
 
     name: str
@@ -169,12 +169,12 @@ def token_at(pixel: tuple[int, int], stride: int, grid: tuple[int, int]) -> tupl
 
 
 def watch(model: Container, image: Tensor, see: Callable[[str, Aggregation, Tensor], None]) -> Tensor:
-    """A forward pass that yields the map in front of each aggregation in turn, and keeps none.
+    """Runs a forward pass and shows the input map of each aggregation in turn, without keeping any.
 
     Args:
         model: In evaluation mode, not fused.
         image: (1, 3, H, W), normalised.
-        see: Called with an aggregation's name, itself and the map (1, C, H, W) that enters it.
+        see: Called with an aggregation's name, the aggregation, and its input map (1, C, H, W).
 
     Returns:
         Logits.
@@ -208,8 +208,8 @@ def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int =
     Args:
         model: In evaluation mode, not fused.
         image: (1, 3, H, W), normalised.
-        pixel: (x, y) of the token that is drawn, from the image's upper left corner.
-        samples: Entropy and reach are means over samples x samples tokens, spread evenly.
+        pixel: (x, y) of the token to show, from the image's upper left corner.
+        samples: Entropy and reach are averaged over samples x samples evenly spaced tokens.
 
     Raises:
         ValueError: The pixel is not in the image, or the model holds no `Aggregation` or is in training mode.
@@ -395,10 +395,10 @@ def draw_affinities(photo: Image.Image, model: Container, file: str | Path, titl
     """Draws what the middle of a photo reads, in the last block of each stage.
 
     Args:
-        photo: In RGB; the model sees of it what it sees when it is evaluated.
+        photo: In RGB; it is resized and cropped as in the model's evaluation.
         model: In evaluation mode, not fused.
-        file: The picture; its folder is made if need be.
-        title: Its first line.
+        file: Output picture; its folder is created if necessary.
+        title: First line of the picture.
 
     Raises:
         OSError: The file cannot be written.
@@ -422,10 +422,10 @@ def draw(
     """Draws `affinities.png`, `gates.png`, `heads.png` and `pyramid.png` for an image file.
 
     Args:
-        image: The file; its middle square is what the model sees.
-        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or random ones.
-        out: Folder of the pictures, made if need be.
-        checkpoint: File of weights.
+        image: Image file; the model sees its central square.
+        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or for random ones.
+        out: Output folder, created if necessary.
+        checkpoint: Weights file.
         pixel: (x, y) in the square that the model sees; its middle if None.
         img_size: Side of that square; the model's own if None.
 
@@ -434,9 +434,9 @@ def draw(
 
     Raises:
         OSError: The image cannot be read, or the folder cannot be written.
-        RuntimeError: The checkpoint is none, or no published weights have that tag.
-        ValueError: The model is none of this family, is given both a tag and a checkpoint, which may not fit it, or the
-            pixel is not in the image or the image too small.
+        RuntimeError: The file is not a checkpoint, or there are no published weights with that tag.
+        ValueError: The model is not of this family, the checkpoint does not fit, both a tag and a checkpoint are given,
+            the pixel is outside the image, or the image is too small.
     """
     name, _, tag = model.partition(".")
     if name not in timm.list_models(module="container"):

@@ -7,14 +7,14 @@ __all__ = ["write_atomically"]
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
-    """Writes a file under a temporary name, waits for the disk, and renames it.
+    """Writes a file under a temporary name, syncs it to disk, and renames it.
 
     Args:
         path: The file.
         data: Its content.
 
     Raises:
-        OSError: The disk is full, or cannot be written; a file that was there is as it was.
+        OSError: The disk is full or not writable; an existing file is then unchanged.
     """
     path = Path(path)
     temporary = path.with_name(f"{path.name}.tmp")

@@ -11,15 +11,15 @@ __all__ = ["as_linear", "fuse"]
 def fuse(model: nn.Module) -> nn.Module:
     """A copy of a model with every `Block` rewritten for inference (`Block.fuse`), its weights in `channels_last`.
 
-    It gives the model's answers up to rounding, at every output: features, embeddings, logits. timm's
-    `reparameterize_model` does the same but for the memory format, in which the maps are from the first norm on.
-    The copy of a model on a GPU computes `as_linear` as well, so move the model there first.
+    Its answers equal the model's up to rounding, at every output: features, embeddings, logits. timm's
+    `reparameterize_model` does the same, except for the memory format.
+    On a GPU the copy also computes `as_linear`, so move the model there first.
 
     Args:
-        model: Any model that holds blocks, in evaluation mode.
+        model: Any model with blocks, in evaluation mode.
 
     Raises:
-        ValueError: It is in training mode.
+        ValueError: The model is in training mode.
     """
     if model.training:
         raise ValueError("a model in training mode has no fixed statistics to fuse: call eval() first")
@@ -32,12 +32,12 @@ def fuse(model: nn.Module) -> nn.Module:
 def as_linear(model: nn.Module) -> None:
     """Computes the 1x1 convolutions of any model as linear layers over positions, in place.
 
-    y[b, :, i, j] = W x[b, :, i, j] + b: in `channels_last` the positions are the rows of one matrix. On GPUs
-    the kernels for products are faster than those for convolutions, and add the bias as they go. Parameters, their
-    names and the answers stay. `torch.compile` and `torch.export` go on seeing convolutions.
+    y[b, :, i, j] = W x[b, :, i, j] + b: in `channels_last` the positions are the rows of one matrix. On GPUs the
+    kernels for matrix products are faster than those for convolutions, and add the bias on the way. Parameters, their
+    names and the answers do not change. `torch.compile` and `torch.export` still see convolutions.
 
     Args:
-        model: Any.
+        model: Any model.
     """
     for module in model.modules():
         plain = type(module) is nn.Conv2d and module.groups == 1 and module.padding == (0, 0)

@@ -15,23 +15,24 @@ def check_shape(image: Image.Image) -> None:
     """Refuses an image that is too long and thin to be a photo.
 
     Raises:
-        ValueError: It is over 100 times as long as wide.
+        ValueError: One side is more than 100 times the other.
     """
     if max(image.size) > _LONGEST * min(image.size):
         raise ValueError(f"{image.width} x {image.height} pixels are over {_LONGEST} times as long as wide")
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """An image in RGB with 8 bits, upright by its EXIF orientation.
+    """Converts an image to 8-bit RGB, upright according to its EXIF orientation.
 
-    Note: timm and torchvision leave a phone's photo on its side (EXIF orientation), and clip grey of 16 bits at 255, so
-    that it is white. Here photos are turned, and 16 bits scaled to 8.
+    Note: timm and torchvision ignore the EXIF orientation, so phone photos lie on their side, and clip 16-bit grey at
+    255, so it turns white. Here photos are turned, and 16 bits are scaled to 8.
 
     Args:
-        image: As Pillow opens it.
+        image: From `PIL.Image.open`.
 
     Raises:
-        ValueError: It has grey values whose scale is not known (32 bits, floats), or is over 100 times as long as wide.
+        ValueError: The scale of its grey values is unknown (32 bits, floats), or one side is more than 100 times the
+            other.
     """
     check_shape(image)
     ImageOps.exif_transpose(image, in_place=True)
@@ -46,17 +47,17 @@ def open_rgb(file: Any) -> Image.Image:
     """`to_rgb` of an open file.
 
     Raises:
-        Exception: It is damaged: Pillow's decoders raise nearly anything.
+        Exception: The file is damaged; Pillow's decoders raise nearly anything.
     """
     return to_rgb(Image.open(file))
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """`to_rgb` of a file that a user names.
+    """`to_rgb` of a file named by the user.
 
     Raises:
         OSError: There is no such file.
-        ValueError: It is no photo, or a damaged one.
+        ValueError: The file is not a photo, or is damaged.
     """
     with open(path, "rb") as file:
         try:

@@ -31,15 +31,15 @@ Run = Callable[[Tensor], list[Tensor]]
 
 
 def calibration(model: nn.Module, folder: str | Path) -> Tensor:
-    """Up to 300 photos from across a folder, prepared for a model: (photos, channels, height, width).
+    """Up to 300 photos, evenly spaced over a folder, prepared for a model: (photos, channels, height, width).
 
     Args:
-        model: Of timm's.
-        folder: With photos at any depth.
+        model: A timm model.
+        folder: Folder with photos at any depth.
 
     Raises:
-        OSError: It is missing, or cannot be read.
-        ValueError: It has no photos, or a file is none.
+        OSError: The folder is missing or unreadable.
+        ValueError: It has no photos, or one of its files is not a photo.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder}")
@@ -50,29 +50,29 @@ def calibration(model: nn.Module, folder: str | Path) -> Tensor:
 
 
 def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:
-    """The share of photos to which a file and its model give the same class.
+    """The share of photos for which an exported file and its model predict the same class.
 
     Args:
-        run: The file.
+        run: Runs the file.
         photos: (photos, channels, height, width).
-        named: Classes by the model, (photos,).
-        batch: Images that the file takes at once.
+        named: The model's classes, (photos,).
+        batch: Batch size of the file.
     """
     found = torch.cat([_logits(run, some, batch).argmax(1) for some in photos.split(batch)])
     return (found == named).double().mean().item()
 
 
 def labelled(model: nn.Module, folder: str | Path) -> tuple[Images, Tensor]:
-    """Photos to evaluate a model on, and the model's indices of their classes.
+    """Labelled photos for evaluation, and the model's indices of their classes.
 
     Args:
-        model: Of timm's.
-        folder: With a folder for each class, or `val`, `validation` or `test` that has them. Its classes may be a part
-            of the model's.
+        model: A timm model.
+        folder: Folder with one folder per class, directly or in `val`, `validation` or `test`. A subset of the model's
+            classes will do.
 
     Raises:
-        OSError: The folder is missing, or cannot be read.
-        ValueError: The model does not know its classes, or has none.
+        OSError: The folder is missing or unreadable.
+        ValueError: The model does not have these classes, or has no class names.
     """
     images, _ = open_validation(folder)
     known = label_names(model)
@@ -82,14 +82,14 @@ def labelled(model: nn.Module, folder: str | Path) -> tuple[Images, Tensor]:
 
 
 def accuracy(model: nn.Module, run: Run, images: Images, number: Tensor, batch: int) -> tuple[float, float, int]:
-    """Top-1 of a model and of its file, both in percent, and over how many photos.
+    """Top-1 accuracy of a model and of its file in percent, and the number of photos.
 
     Args:
-        model: Of timm's, in evaluation mode.
-        run: The file.
-        images: Of `labelled`.
-        number: Of the same.
-        batch: Images that the file takes at once.
+        model: A timm model in evaluation mode.
+        run: Runs the file.
+        images: From `labelled`.
+        number: From `labelled`.
+        batch: Batch size of the file.
     """
     loader = create_val_loader(images, resolve_model_data_config(model), batch, default_workers(), torch.device("cpu"))
     by_model, by_file, count = 0.0, 0.0, 0
@@ -112,14 +112,14 @@ def _logits(run: Run, photos: Tensor, batch: int) -> Tensor:
 
 
 def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | None = None) -> Any:
-    """An ONNX model with weights and activations of its convolutions and matrix products in int8, by NNCF.
+    """Quantizes weights and activations of an ONNX model's convolutions and matrix products to int8, by NNCF.
 
     Args:
-        model: In float32, an `onnx.ModelProto`.
-        photos: (photos, channels, height, width), from which ranges are read.
-        batch: Images that the model takes at once.
-        judge: Of a model: the share of photos that it names right, and as a list by batches of the first 100 photos.
-            With it, layers go back into float until that share is 95 %.
+        model: An `onnx.ModelProto` in float32.
+        photos: (photos, channels, height, width), for calibration.
+        batch: Batch size of the model.
+        judge: Returns a model's share of correct photos, and a list of it by batches of the first 100 photos. If given,
+            layers go back to float until that share is 95 %.
 
     Raises:
         ImportError: NNCF is not installed.
@@ -156,13 +156,13 @@ def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]
     """Rewrites an ONNX file in int8. If too many photos change their class, layers go back to float.
 
     Args:
-        path: The file, in float32, as torch's exporter writes it.
-        photos: (photos, channels, height, width), from which ranges are read.
-        named: Classes by the model, (photos,).
-        batch: Images that the file takes at once.
+        path: The float32 file, from torch's exporter.
+        photos: (photos, channels, height, width), for calibration.
+        named: The model's classes, (photos,).
+        batch: Batch size of the file.
 
     Returns:
-        The layers left in float, those that lose most.
+        The layers left in float: those that lose the most accuracy.
 
     Raises:
         ImportError: NNCF is not installed.

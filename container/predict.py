@@ -17,15 +17,15 @@ SAMPLE = Path(__file__).with_name("sample.jpg")
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes, as its training folders had them, in the order of its logits.
+    """Names of a model's classes, as in its training folders, in the order of its logits.
 
-    They are those that come with its weights; else ImageNet's, of the subset that has as many classes; else numbers.
+    They come with the weights. If they do not, they are those of the ImageNet subset with as many classes, or numbers.
 
     Args:
-        model: Of timm's, as `weights.create` or `timm.create_model` makes it.
+        model: A timm model, from `weights.create` or `timm.create_model`.
 
     Raises:
-        ValueError: It has no classifier.
+        ValueError: The model has no classifier.
     """
     network: Any = model
     if not network.num_classes:
@@ -38,13 +38,13 @@ def label_names(model: nn.Module) -> list[str]:
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Readable names of the same classes, by WordNet: n02099601 is a golden retriever.
+    """Readable names of the same classes, from WordNet: n02099601 is a golden retriever.
 
     Args:
-        model: Of timm's.
+        model: A timm model.
 
     Raises:
-        ValueError: It has no classifier.
+        ValueError: The model has no classifier.
     """
     names = label_names(model)
     info = ImageNetInfo(infer_imagenet_subset(model) or "imagenet-1k")  # the words of all subsets are in each
@@ -61,20 +61,20 @@ def class_names(model: nn.Module) -> list[str]:
 def predict(images: Iterable[str | Path], model: nn.Module, top: int = 5) -> list[list[tuple[str, float]]]:
     """The most likely classes of photos.
 
-    Photos are resized, cropped and normalised as `pretrained_cfg` says, one at a time, so that none depends on others.
+    Photos are resized, cropped and normalised according to `pretrained_cfg`, and run one at a time.
 
     Args:
         images: Files.
-        model: Of timm's, with weights, in evaluation mode.
-        top: How many classes, at most.
+        model: A timm model with weights, in evaluation mode.
+        top: Maximum number of classes per photo.
 
     Returns:
-        For each photo (name, probability) of each class, the likeliest first.
+        For each photo, (name, probability) of its classes, the most likely first.
 
     Raises:
         OSError: A file does not exist.
-        ValueError: A file is no photo, the model has no classifier, cannot have images of its `input_size`, or is in
-            training mode.
+        ValueError: A file is not a photo, or the model has no classifier, does not take images of its `input_size`, or
+            is in training mode.
     """
     if model.training:
         raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")

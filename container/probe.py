@@ -1,7 +1,7 @@
-"""How good frozen features are: k nearest neighbours and a linear classifier, on any folder of classes.
+"""Evaluates frozen features by k nearest neighbours and by a linear classifier, on any folder of classes.
 
-`container probe DIR --model NAME[.tag]` trains nothing of the model. Both classifiers see what its own classifier
-would: one vector an image.
+`container probe DIR --model NAME[.tag]` does not train the model. Both classifiers get the input of its own classifier:
+one vector per image.
 """
 
 import importlib.util
@@ -30,20 +30,20 @@ _CS = [10.0**power for power in range(-4, 3)]
 
 
 def features(model: nn.Module, images: Images, config: dict[str, Any], workers: int) -> tuple[Tensor, Tensor]:
-    """Pooled features of every image, and the images' classes; unreadable images are reported and left out.
+    """Pooled features and classes of all images; unreadable images are reported and left out.
 
     Args:
-        model: timm's, in evaluation mode.
-        images: Not for training.
-        config: How they are prepared: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
-        workers: Processes that load.
+        model: A timm model in evaluation mode.
+        images: Without augmentation.
+        config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        workers: Number of loader processes.
 
     Returns:
         (images, features) and (images,), on the CPU, in the order of the data.
 
     Raises:
         OSError: Ten images in a row cannot be read.
-        ValueError: Too many cannot, the model does not take images of that size, or features are not finite.
+        ValueError: Too many images cannot be read, the model does not take that size, or features are not finite.
     """
     device = next(model.parameters()).device
     loader = create_val_loader(images, config, _BATCH, workers, device)
@@ -71,11 +71,11 @@ def knn(train: Tensor, targets: Tensor, val: Tensor, k: int = 20, temperature: f
     Source: DINO, Caron et al. 2021 (arXiv 2104.14294), whose k and temperature are the defaults.
 
     Args:
-        train: Features (images, features) that have classes.
-        targets: Their classes (images,).
-        val: Features to classify.
-        k: Neighbours that vote; all, where there are fewer.
-        temperature: The lower, the more the very nearest count.
+        train: Features of the labelled images, (images, features).
+        targets: Their classes, (images,).
+        val: Features to classify, (images, features).
+        k: Number of neighbours that vote, or all images if there are fewer.
+        temperature: The lower it is, the more the nearest neighbours count.
 
     Returns:
         (images of `val`,).
@@ -102,18 +102,18 @@ def hold_out(targets: Tensor, seed: int) -> Tensor:
 def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[Tensor, float]:
     """Classes by logistic regression on standardized features: argmax_c (W (x - mean) / std + b)_c.
 
-    The mean of the cross-entropy over n images plus |W|^2 / (2 C n) is least. C is the one of 0.0001, 0.001, ..., 100
-    that is best on a held-out fifth of the training images (of equals the smallest); then all of them are fitted. Mean
-    and std are those of the images that are fitted.
+    W and b minimise the mean cross-entropy over n images plus |W|^2 / (2 C n). C is chosen from 0.0001, 0.001, ..., 100
+    on a held-out fifth of the training images (the smallest of equals); the classifier is then fitted to all of them.
+    Mean and std are those of the images in the fit.
 
     Args:
-        train: Features (images, features) that have classes, at least two.
-        targets: Their classes (images,).
-        val: Features to classify; they choose nothing.
-        seed: Of what is held out.
+        train: Features of the labelled images, (images, features).
+        targets: Their classes, (images,), at least two different ones.
+        val: Features to classify, (images, features). They do not influence C.
+        seed: Seed of the held-out split.
 
     Returns:
-        (images of `val`,), and C; 1 where no class has an image to spare.
+        Classes (images of `val`,), and C. C is 1 if no class has an image to spare for the held-out split.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -137,13 +137,13 @@ def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """The 95 % interval of a share, after Wilson (1927).
+    """Wilson's 95 % confidence interval of a proportion.
 
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = right / n, n = count, z = 1.96.
 
     Args:
-        right: How many are.
-        count: Of how many.
+        right: Number of successes.
+        count: Number of trials.
     """
     p, z = right / count, 1.959964
     center, half = p + z * z / (2 * count), z * math.sqrt(p * (1 - p) / count + (z / (2 * count)) ** 2)
@@ -160,24 +160,24 @@ def probe(
 ) -> dict[str, Any]:
     """Classifies the validation images of a folder by a model's frozen features, with `knn` and with `linear`.
 
-    All images are prepared as the model's evaluation has it; nothing is drawn.
+    Images are prepared as in the model's evaluation, without augmentation.
 
     Source: the protocol of DINO, Caron et al. 2021 (arXiv 2104.14294), without its augmentation.
 
     Args:
-        data_dir: With `train` and `val` (or `validation`, `test`), each a folder or a tar file of class folders.
-        model: Of timm's: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or random ones.
-        checkpoint: File of weights.
+        data_dir: Folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file of class folders.
+        model: timm name: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or for random ones.
+        checkpoint: Weights file.
         img_size: Side of the images; the model's own if None.
-        workers: Processes that load; `default_workers()` if None.
-        seed: Of random weights, and of what `linear` holds out.
+        workers: Number of loader processes; `default_workers()` if None.
+        seed: Seed of random weights and of the split in `linear`.
 
     Returns:
-        What is known, in plain values; accuracies and their 95 % intervals (`wilson`) in percent.
+        Results and settings as plain values; accuracies and their 95 % intervals (`wilson`) in percent.
 
     Raises:
         ImportError: scikit-learn is not installed.
-        OSError: The folder, a part of it, or the checkpoint is missing, or cannot be read.
+        OSError: The folder, a part of it, or the checkpoint is missing or unreadable.
         RuntimeError: The file is not a checkpoint, or the model cannot be created.
         ValueError: Data, checkpoint or image size do not fit.
     """

@@ -1,7 +1,7 @@
-"""Weights: what is on record about them, and what a file has to pass before `pretrained=True` loads it.
+"""Records of pretrained weights, and the checks that a file passes before `pretrained=True` loads it.
 
-The package's `weights_manifest.json` has a record for each file of weights, under its timm name `architecture.tag`; an
-unknown is null. Records of one's own lie beside their files in `weights_dir()`, as `architecture.tag.json`.
+The package's `weights_manifest.json` has one record per weights file, under its timm name `architecture.tag`; unknown
+values are null. A user's own records lie beside their files in `weights_dir()`, as `architecture.tag.json`.
 """
 
 import dataclasses
@@ -83,14 +83,14 @@ def _own() -> list[str]:
 
 
 def record(name: str) -> dict[str, Any]:
-    """What is known about a file of weights: the package's record, or one's own where the package knows no sha256.
+    """The record of a weights file: the package's, or the user's own if the package has no sha256 for it.
 
     Args:
         name: `architecture.tag`.
 
     Raises:
         KeyError: There is no such record.
-        RuntimeError: One's own is damaged.
+        RuntimeError: The user's own record is damaged.
     """
     packaged, path = manifest().get(name), weights_dir() / f"{name}.json"
     if not path.is_file() or (packaged and packaged["file"]["sha256"]):
@@ -137,7 +137,7 @@ def check(name: str, path: str | Path) -> str:
 
     Raises:
         KeyError: There is no such record.
-        RuntimeError: It is another file, or nobody knows the hash.
+        RuntimeError: Size or hash differ, or the record has no hash.
     """
     file = record(name)["file"]
     if not file["sha256"]:
@@ -156,9 +156,9 @@ def check(name: str, path: str | Path) -> str:
 
 
 def find(name: str, folder: str | Path | None = None) -> Path | None:
-    """The file of a record if it is here: in the package, in the folder, or in a checkout's `weights`.
+    """Finds the file of a record on this machine: in the package, in the folder, or in a checkout's `weights`.
 
-    It is unread, so unverified.
+    The file is not read, so it is not verified.
 
     Args:
         name: `architecture.tag`.
@@ -174,16 +174,16 @@ def find(name: str, folder: str | Path | None = None) -> Path | None:
 
 
 def obtain(name: str, folder: str | Path | None = None) -> Path:
-    """The verified file of a record, downloaded if it has to be; of several processes that ask at once, by one.
+    """The verified file of a record, downloaded if necessary; of several processes that ask at once, one downloads it.
 
     Args:
         name: `architecture.tag`.
-        folder: Where it is looked for and downloaded to, `weights_dir()` if None; files from the Hugging Face Hub go to
-            its own cache, or to this folder.
+        folder: Where to look, and where to download to; `weights_dir()` if None. Without a folder, files from the
+            Hugging Face Hub go to the Hub's own cache.
 
     Raises:
         KeyError: There is no such record.
-        RuntimeError: There is no file to be had, or it is another one than the record's.
+        RuntimeError: The file cannot be found or downloaded, or differs from its record.
     """
     file, path, place = record(name)["file"], find(name, folder), Path(folder or weights_dir(), f"{name}.safetensors")
     if path is None and file["sha256"] and (file["url"] or file["hf_hub_id"]):
@@ -240,13 +240,13 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
 
     Args:
         path: The file.
-        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint that has them. None means those
-            that were evaluated: of the released layout the weights under `model`, as its authors did; else averaged
-            ones, as timm does.
+        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint, if it has any. None takes the
+            weights that were evaluated: those under `model` in the released layout, as its authors did; otherwise the
+            averaged ones, as timm does.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: It is not a checkpoint, holds more than tensors and plain values, or numbers that are not finite.
+        RuntimeError: It is not a checkpoint, has more than tensors and plain values, or has values that are not finite.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -270,7 +270,7 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
 
 
 def class_names(path: str | Path) -> list[str] | None:
-    """Names of the classes in the order of the logits, if the file says them, as those of `train_imagenet.py` do.
+    """Class names in the order of the logits, if the file has them; files from `train_imagenet.py` do.
 
     Args:
         path: A file that `read` takes.
@@ -285,11 +285,11 @@ def class_names(path: str | Path) -> list[str] | None:
 
 
 def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """A checkpoint in the names and shapes of the model that weights of a name are for, with its own classifier.
+    """Fits a checkpoint, classifier included, to the names and shapes of its model.
 
     Args:
-        state_dict: As `read` gives it.
-        name: `architecture.tag`; without a record of that name any number of classes will do, and of image sizes the
+        state_dict: As returned by `read`.
+        name: `architecture.tag`. If it has no record, any number of classes is accepted, and the image size is the
             architecture's own.
 
     Raises:
@@ -318,22 +318,22 @@ def create(
     seed: int = 0,
     features_only: bool = False,
 ) -> Any:
-    """A model of timm's in evaluation mode, with the weights that a command names.
+    """A timm model in evaluation mode, with the weights that a command asks for.
 
     Args:
-        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`; also what timm reads from elsewhere,
-            as `local-dir:FOLDER`.
-        checkpoint: File of weights, which has to fit; the model has as many classes as the file.
-        img_size: Side of its images, which `input_size` of its `pretrained_cfg` then is; the weights' own if None.
-        pretrained: Whether `NAME` alone is for timm's choice among its published weights; else it is for random ones.
-        seed: Of random weights.
-        features_only: Whether it gives maps in place of logits.
+        model: `NAME.tag` for published weights, `NAME` with `checkpoint`; also timm's other sources, such as
+            `local-dir:FOLDER`.
+        checkpoint: Weights file, which has to fit. The model gets as many classes as the file has.
+        img_size: Side of the images, also written to `input_size` of `pretrained_cfg`; the weights' own if None.
+        pretrained: Whether `NAME` alone means timm's default weights for it. Otherwise it means random weights.
+        seed: Seed of random weights.
+        features_only: Return feature maps instead of logits.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
         RuntimeError: The file is not a checkpoint, or the model or its published weights cannot be loaded.
-        ValueError: There is no such model, it has no weights, is given both a tag and a checkpoint, which may not fit
-            it, or cannot have that size.
+        ValueError: There is no such model, it has no weights or cannot have that size, the checkpoint does not fit, or
+            both a tag and a checkpoint are given.
     """
     elsewhere = ":" in model
     name, tag = ("", model) if elsewhere else split_model_name_tag(model)
@@ -384,21 +384,21 @@ def _check_has_weights(model: str) -> None:
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Verifies the file that `pretrained=True` means, and tells timm its path.
+    """Verifies the file that `pretrained=True` refers to, and gives timm its path.
 
-    A file on record is held against its sha256, and brought if it has to be. A file that the user names is read: it has
-    to be a checkpoint of finite numbers. A Hub id, URL, folder or state dict that the user names is left to timm.
+    A file on record is checked against its sha256, and downloaded if necessary. A file named by the user is read: it
+    must be a checkpoint of finite values. A Hub id, URL, folder or state dict from the user is left to timm.
 
     Args:
         variant: Model name without tag.
-        arguments: Of `timm.models.build_model_with_cfg`.
+        arguments: Arguments for `timm.models.build_model_with_cfg`.
 
     Returns:
-        The arguments, with the path of a file on record among them.
+        The arguments, with the path of the file if it is on record.
 
     Raises:
-        FileNotFoundError: The file named does not exist.
-        RuntimeError: The weights cannot be loaded, or are not what their record says.
+        FileNotFoundError: The user's file does not exist.
+        RuntimeError: The weights cannot be loaded, or differ from their record.
     """
     overlay = dict(arguments.get("pretrained_cfg_overlay") or {})
     cfg = resolve_pretrained_cfg(variant, arguments.get("pretrained_cfg"), overlay)

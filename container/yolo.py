@@ -5,7 +5,7 @@
 
     model = YOLO(container.yolo.config("yolov8n-context.yaml"))
 
-Ultralytics is under the AGPL-3.0: `register` and `config` import it, nothing else does, and no file of it is in here.
+Ultralytics is under the AGPL-3.0. Only `register` and `config` import it, and nothing of it is copied here.
 """
 
 import atexit
@@ -32,13 +32,14 @@ class _Row(nn.Module):
 
 
 class ContextAggregation(_Row):
-    """Adds one summary of the whole map, or several, to every position, each in a share that the position chooses.
+    """Adds a summary of the whole map, or several, to every position, weighted by the position.
 
-    y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 map, k the softmax over all positions of another, v
-    and m 1x1 projections. m starts at zero, so the layer begins as the identity. It is `GlobalContext`, the affinity
-    of rank one, with m applied to the summary, where it costs next to nothing; of a higher rank `DoubleAttention`.
+    y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 projection, k the softmax over all positions of
+    another, and v and m 1x1 projections. m starts at zero, so the layer starts as the identity. It is `GlobalContext`,
+    the affinity of rank one, with m applied to the summary, where it costs almost nothing. With a higher rank it is
+    `DoubleAttention`.
 
-    (B, C, H, W) -> (B, C, H, W), any H and W, in training also for a batch of one: there is no norm in it.
+    (B, C, H, W) -> (B, C, H, W) for any H and W. It has no norm, so it can be trained with a batch of one.
 
     Source: Liu et al., "Learning to Aggregate Multi-Scale Context for Instance Segmentation in Remote Sensing Images"
     (arXiv 2111.11057, CATNet), written from the formula. The CONTAINER paper has no such layer; the names are alike.
@@ -47,7 +48,7 @@ class ContextAggregation(_Row):
     Args:
         in_channels: Channels C.
         reduction: v has C / reduction channels, rounded down.
-        rank: Summaries of the map.
+        rank: Number of summaries.
 
     Raises:
         ValueError: `reduction` is not between 1 and `in_channels`, or `rank` is below 1.
@@ -71,12 +72,12 @@ class ContextAggregation(_Row):
 class ContainerBackbone(_Row):
     """A timm model's feature maps, for the first row of a YAML file: `[-1, 1, ContainerBackbone, [NAME, PRETRAINED]]`.
 
-    Image (B, in_chans, H, W) -> maps, the finest first, of which a row `[0, 1, ContainerLevel, [INDEX]]` takes one.
+    Image (B, in_chans, H, W) -> maps, the finest first. A row `[0, 1, ContainerLevel, [INDEX]]` selects one.
 
     Args:
-        name: timm's name of the model.
+        name: timm name of the model.
         pretrained: Start from its pretrained weights.
-        in_chans: Channels of the image; in a YAML file the data's.
+        in_chans: Channels of the image; in a YAML file, those of the data.
     """
 
     def __init__(self, name: str, pretrained: bool = False, in_chans: int = 3) -> None:
@@ -102,8 +103,8 @@ class _ContextRow(ContextAggregation):
 def register(_: Any = None) -> None:
     """Makes `ContextAggregation`, `ContainerBackbone` and `ContainerLevel` known to Ultralytics' YAML files.
 
-    Doing it again changes nothing. `config` does it, and so does the loading of a .pt that has these layers. Then it is
-    a callback of Ultralytics', hence the argument: several GPUs are several processes, which begin without us.
+    Calling it again changes nothing. `config` calls it, and so does loading a .pt file with these layers. With several
+    GPUs, Ultralytics starts processes that know nothing of it, and calls it there as a callback; hence the argument.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -123,11 +124,11 @@ def register(_: Any = None) -> None:
 
 
 def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
-    """Our rows in words that Ultralytics' parser has.
+    """Rewrites our rows so that Ultralytics' parser understands them.
 
-    It passes the arguments of a layer that it does not know as they are, but for strings that name one of its own
-    variables: `ch`, the channels of all rows before, and `f`, the row that this one reads. And it has `Index`, for one
-    of several maps, which wants to be told its channels.
+    The parser passes the arguments of an unknown layer unchanged, except for strings that name one of its own
+    variables: `ch`, the channels of all previous rows, and `f`, the index of the input row. To select one of several
+    maps it has `Index`, which needs the number of channels.
     """
     d, channels = copy.deepcopy(d), []
     for row in d["backbone"] + d["head"]:
@@ -147,19 +148,22 @@ def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
 
 
 def config(name: str, pretrained: bool = False) -> str:
-    """The path of a YAML file for `ultralytics.YOLO`, made of one that Ultralytics has; it goes when the process ends.
+    """Makes a YAML file for `ultralytics.YOLO` from one of Ultralytics' own; it is deleted when the process ends.
 
     Args:
-        name: FAMILY-context.yaml (a `ContextAggregation` before each map that the last row reads; of rank R by
-            FAMILY-contextR.yaml) or FAMILY-MODEL.yaml (a model of timm's as the backbone). FAMILY is a file of
-            Ultralytics' with the letter of its scale, as in `yolov8n-context.yaml`, `yolo11s-container_light.yaml`,
+        name: FAMILY-context.yaml puts a `ContextAggregation` before each map that the last row reads, and
+            FAMILY-contextR.yaml one of rank R. FAMILY-MODEL.yaml makes a timm model the backbone. FAMILY is a file of
+            Ultralytics' with the letter of its scale, as in `yolov8n-context.yaml`, `yolo11s-container_light.yaml` and
             `yolo11n-seg-resnet18.yaml`. A classifier, as in `yolo11n-cls-container_light.yaml`, reads the model's last
             map, whatever its stride.
-        pretrained: Start from the model's pretrained weights.
+        pretrained: Start from the timm model's pretrained weights.
+
+    Returns:
+        The path of the file.
 
     Raises:
         FileNotFoundError: Ultralytics has no such family.
-        ValueError: Family and model do not fit.
+        ValueError: The family cannot use that model.
     """
     register()
     from ultralytics.nn import tasks

@@ -25,10 +25,10 @@ __all__ = ["card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
 def table(markdown: bool = False) -> str:
-    """The family and its weights, a line for each member, from the models and from the manifest.
+    """The family and its weights, one line per member, from the models and the manifest.
 
     Args:
-        markdown: The table of docs/models.md in place of one for a terminal.
+        markdown: The Markdown table of docs/models.md instead of one for a terminal.
     """
     rows: list[tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
     for architecture, cfgs in default_cfgs.items():
@@ -76,7 +76,7 @@ def _summary(record: dict[str, Any] | None, markdown: bool = False) -> str:
 
 
 def verify(name: str) -> tuple[Path, str]:
-    """Checks the file of a record against all that the record says: size, hash, layout, finite numbers.
+    """Checks a weights file against its record: size, hash, layout, finite numbers.
 
     Args:
         name: `architecture.tag`.
@@ -86,9 +86,9 @@ def verify(name: str) -> tuple[Path, str]:
 
     Raises:
         KeyError: There is no such record.
-        FileNotFoundError: The file is not here.
-        RuntimeError: It is not what the record says.
-        ValueError: It does not fit the model.
+        FileNotFoundError: The file is not on this machine.
+        RuntimeError: The file differs from its record.
+        ValueError: The weights do not fit the model.
     """
     path = weights.find(name)
     if path is None:
@@ -107,18 +107,18 @@ def convert(
     license: str | None = None,
     data: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Writes the weights of a checkpoint, released or ours, as safetensors in our layout, and their record beside them.
+    """Converts a checkpoint, released or ours, to safetensors in our layout, and writes its record beside it.
 
-    The record has what the file, the caller and a `summary.json` of `train_imagenet.py` beside it say, else nulls.
-    It pins the sha256: in `weights_dir()` no other file is loaded, or put, under that name.
+    The record is filled from the file, the arguments and a `summary.json` of `train_imagenet.py` beside the checkpoint;
+    the rest is null. It pins the sha256: no other file is then loaded from, or saved to, `weights_dir()` by that name.
 
     Args:
         path: The checkpoint.
-        name: `architecture.tag` that they are to have.
-        out: The file to write; `NAME.safetensors` in `weights_dir()` if None, where `timm.create_model` finds it.
+        name: `architecture.tag` for the weights.
+        out: The file to write. None means `NAME.safetensors` in `weights_dir()`, where `timm.create_model` finds it.
         use_ema: As in `weights.read`.
-        trained_by: Whose the weights are.
-        license: Under which licence.
+        trained_by: Who trained the weights.
+        license: Their licence.
         data: What they were trained on.
 
     Returns:
@@ -127,8 +127,8 @@ def convert(
     Raises:
         FileNotFoundError: There is no such checkpoint.
         OSError: `out` cannot be written.
-        RuntimeError: It cannot be read.
-        ValueError: It does not fit the model, or other weights have that name.
+        RuntimeError: The checkpoint cannot be read.
+        ValueError: It does not fit the model, or the name is taken by other weights.
     """
     architecture, tag = split_model_name_tag(name)
     if not re.fullmatch("[a-z0-9_]+", tag):
@@ -183,7 +183,7 @@ def _blank(architecture: str, tag: str, num_classes: int) -> dict[str, Any]:
 
 
 def fetch(name: str) -> Path:
-    """Downloads a file that is shared without a hash into `weights_dir()`; converts, checks and pins it.
+    """Downloads a file that was published without a hash to `weights_dir()`, then converts, checks and pins it.
 
     Args:
         name: `architecture.tag`.
@@ -194,9 +194,9 @@ def fetch(name: str) -> Path:
     Raises:
         ImportError: gdown is not installed.
         KeyError: The manifest has no such record.
-        OSError: It cannot be downloaded, or written.
-        RuntimeError: What comes is not a checkpoint.
-        ValueError: It does not fit the model, or another file was pinned before.
+        OSError: The download failed, or the file cannot be written.
+        RuntimeError: The download is not a checkpoint.
+        ValueError: It does not fit the model, or a different file was pinned before.
     """
     file = weights.manifest().get(name, weights.record(name))["file"]
     if file["sha256"] or (weights.record(name)["file"]["sha256"] and weights.find(name)):
@@ -236,10 +236,10 @@ def export(name: str, folder: str | Path) -> None:
 
     Args:
         name: `architecture.tag`.
-        folder: A new one.
+        folder: A new folder.
 
     Raises:
-        FileExistsError: The folder is there and not empty.
+        FileExistsError: The folder exists and is not empty.
         KeyError: There is no such record.
         RuntimeError: The weights cannot be loaded.
     """
@@ -257,7 +257,7 @@ def export(name: str, folder: str | Path) -> None:
 
 
 def card(name: str) -> str:
-    """A model card in Markdown, of what is on record.
+    """A model card in Markdown, made from the record.
 
     Args:
         name: `architecture.tag`.
