@@ -246,11 +246,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[str]]:
-    """Number of classes that a model's weights know, and the names of these, if anybody says them.
+    """Number of classes of a model's weights, and their names if known.
 
     Args:
         name: A timm model.
-        checkpoint: A file of weights, or None for the model's pretrained ones.
+        checkpoint: Weights file, or None for the model's pretrained weights.
     """
     cfg = get_pretrained_cfg(name)
     known, names = cfg.num_classes if cfg else 0, getattr(cfg, "label_names", None)
@@ -444,9 +444,9 @@ def evaluate_weights(args: argparse.Namespace, device: torch.device) -> float:
 
 @contextmanager
 def one_line(*errors: type[BaseException]) -> Iterator[None]:
-    """Ends the process with one line for errors that are the user's, or the machine's.
+    """Ends the process with one line for errors of the user or the machine.
 
-    With CONTAINER_TRACEBACK=1 they say where they come from.
+    With CONTAINER_TRACEBACK=1 the traceback is shown.
     """
     try:
         yield
@@ -458,7 +458,7 @@ def one_line(*errors: type[BaseException]) -> Iterator[None]:
 
 
 def main(argv: Sequence[str] | None = None) -> float:
-    """Trains or evaluates in this process, alone or as one of those that torchrun started.
+    """Trains or evaluates in this process, alone or as one of a launcher's.
 
     Args:
         argv: Arguments, or None for those of the process.

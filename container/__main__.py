@@ -2,7 +2,7 @@
 
 Models
   container list                                  the family
-  container predict [PHOTO ...] --model NAME      the five likeliest classes of photos
+  container predict [PHOTO ...] --model NAME      the five most likely classes of photos
   container explore [PHOTO] [--model NAME]        a page: click a token and see what it reads
   container figures PHOTO --model NAME --out DIR  the same as pictures
   container probe DIR --model NAME                k-NN and linear classification by frozen features
@@ -50,7 +50,7 @@ def main(argv: list[str] | None = None) -> None:
         argv: Arguments, or None for those of the process.
 
     Raises:
-        SystemExit: With a line that says what is wrong, or because the script ended so.
+        SystemExit: With a line that says what is wrong, or with the script's own exit status.
     """
     argv = sys.argv[1:] if argv is None else argv
     if not argv:
@@ -79,14 +79,15 @@ def main(argv: list[str] | None = None) -> None:
 def run(argv: list[str]) -> None:
     """Runs a script, `-m MODULE` or a command as Python or the shell would, with the models registered.
 
-    So they are in the processes that it starts, by a launcher, by `spawn` or by a shell: a folder of this package in
-    front of PYTHONPATH has them import the family right after timm (`container/children/sitecustomize.py`).
+    The models are also registered in processes that it starts, by a launcher, `spawn` or a shell. A folder of this
+    package at the head of PYTHONPATH makes them import the family right after timm
+    (`container/children/sitecustomize.py`).
 
     Args:
-        argv: The script, `-m` and a module, or a command, and their arguments.
+        argv: A script, `-m` and a module, or a command, followed by arguments.
 
     Raises:
-        SystemExit: There is none of that name, or it ended so.
+        SystemExit: There is no such program, or with its exit status.
     """
     if not argv or argv == ["-m"]:
         raise SystemExit("usage: container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]")
@@ -124,7 +125,7 @@ def _parser() -> argparse.ArgumentParser:
     family = commands.add_parser("list", help="the family")
     family.add_argument("--markdown", action="store_true", help="as the table of docs/models.md")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
-    guess = commands.add_parser("predict", help="the five likeliest classes of photos")
+    guess = commands.add_parser("predict", help="the five most likely classes of photos")
     guess.add_argument("photos", metavar="PHOTO", nargs="*", help="a file; without any, a cat that comes along")
     guess.add_argument("--model", metavar="NAME[.tag]", required=True, help="any of timm's, ours among them")
     guess.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")

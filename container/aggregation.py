@@ -66,10 +66,10 @@ class FreeGate(nn.Module):
 class Aggregation(nn.Module):
     """The paper's one operation, of which attention, convolution and token mixing are cases.
 
-    Y = (alpha A(X) + beta A) V W, with V = X W_v. The residual `+ X` is the block's.
+    Y = (alpha A(X) + beta A) V W, with V = X W_v. The residual `+ X` is added by the block.
 
-    A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`, alpha and beta come from `gate`. Both affinities read
-    the same V, so mixing their outputs equals mixing their matrices, and running it forms no N x N.
+    A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`; alpha and beta come from `gate`. Both affinities read
+    the same V, so mixing their outputs equals mixing their matrices, and no N x N matrix is formed.
 
     Source: paper, its central equation. Cost: O(N C^2) for the projections, plus that of the affinities.
 
@@ -77,11 +77,11 @@ class Aggregation(nn.Module):
         dim: Channels C.
         dynamic: The affinity computed from X, or None.
         static: The affinity that is a parameter, or None.
-        gate: Module that yields (alpha, beta) where both affinities are given; None for alpha = beta = 1.
+        gate: Module that returns (alpha, beta) if both affinities are given; None for alpha = beta = 1.
         proj_drop: Dropout probability after `proj`.
 
     Raises:
-        ValueError: No affinity is given, or a gate without two affinities to mix.
+        ValueError: There is no affinity, or a gate without two affinities to mix.
     """
 
     def __init__(
@@ -127,7 +127,7 @@ class Aggregation(nn.Module):
     def matrix(self, x: Tensor) -> Tensor:
         """alpha A(X) + beta A written out, (B or 1, M, N, N), for a map X (B, C, H, W).
 
-        M is the smallest number of heads that holds both: C where one of them is a convolution.
+        M is the smallest number of heads that fits both: C if one of them is a convolution.
         """
         if self.dynamic is None or self.static is None:
             alone = self.dynamic if self.static is None else self.static
@@ -146,7 +146,7 @@ class Block(nn.Module):
 
     x = x + pos_conv(x);  x = x + aggregation(norm1(x));  x = x + mlp(norm2(x))
 
-    The last two steps are dropped per image with probability `drop_path` in training; the first never is.
+    In training the last two branches are dropped per image with probability `drop_path`; the first never is.
 
     Source: released code only.
     Cost: O(N C^2 (2 + 2 mlp_ratio)), plus that of the affinities.
@@ -194,16 +194,16 @@ class Block(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> "Block":
-        """Rewrites this block for inference, in place: what timm's `reparameterize_model` calls in its copy of a model.
+        """Rewrites this block for inference, in place; timm's `reparameterize_model` calls it on a copy of a model.
 
-        - A batch norm in front of 1x1 convolutions is theirs: W (s x + t) + b = (W s) x + (W t + b).
-        - The gate: alpha A(X) V + beta A V = A(X) V' + A' V' with V' = alpha V and A' = (beta / alpha) A.
+        - A batch norm is folded into the 1x1 convolutions after it: W (s x + t) + b = (W s) x + (W t + b).
+        - So is the gate: alpha A(X) V + beta A V = A(X) V' + A' V' with V' = alpha V and A' = (beta / alpha) A.
 
-        What is more than its weight stays as it is: layers that are wrapped, subclassed, parametrized or quantized,
-        affinities that do not say how they may be rewritten, another module as aggregation, everything if there is a
-        hook in the block. So do norms that are not affine, and a gate whose alpha is 0.
+        Anything unusual is left unchanged: layers that are wrapped, subclassed, parametrized or quantized, affinities
+        that do not define how they may be rewritten, other modules as aggregation, norms that are not affine, a gate
+        whose alpha is 0, and the whole block if a hook is registered in it.
 
-        A block in training mode goes into evaluation mode first: timm's scripts rewrite a model before they do so.
+        A block in training mode is switched to evaluation mode first, because timm's scripts rewrite before `eval()`.
 
         Source: algebra; the released code does none of it.
 

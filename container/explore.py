@@ -1,9 +1,8 @@
-"""A page on which one clicks a place in a photo, sees what it reads, and watches convolution become attention.
+"""A web page to click on a photo, see what that token reads, and watch convolution turn into attention.
 
-`container explore [PHOTO] --model NAME[.tag]` serves it on this machine. Maps are tiny pictures, one pixel a token,
-which the browser enlarges over the photo. A click costs a backward pass through each affinity of one block, as in
-`figures.rows`, for the maps that enter the blocks are kept; alpha and beta cost the mixed map no pass at all, for it is
-the sum of two rows.
+`container explore [PHOTO] --model NAME[.tag]` serves it on this machine. Maps are tiny pictures, one pixel per token,
+which the browser enlarges over the photo. The blocks' input maps are kept, so a click costs one backward pass through
+each affinity of one block, as in `figures.rows`. Moving alpha or beta costs no pass: the mixed row is a sum of two.
 """
 
 import base64
@@ -63,10 +62,10 @@ class BlockInfo(NamedTuple):
     """A block that the page can show.
 
     Attributes:
-        name: Its aggregation's name in the model.
-        stage: Its stage, from 0.
+        name: Name of its aggregation in the model.
+        stage: Index of its stage, from 0.
         stride: Pixels per token.
-        heads: How many heads there are to choose from; a static affinity may have several matrices in each.
+        heads: Number of heads to choose from; a static affinity may have several matrices per head.
         alpha: The learned weight of its dynamic affinity.
         beta: The learned weight of its static affinity.
         kinds: 'dynamic', 'static', or both, and 'mixed'.
@@ -90,9 +89,9 @@ class Row(NamedTuple):
     """What a token reads.
 
     Attributes:
-        values: (H, W), |A_ij| over all tokens j, the mean over heads.
-        entropy: Of these values, in bits.
-        reach: Of these values, in pixels.
+        values: (H, W), |A_ij| over all tokens j, averaged over heads.
+        entropy: Entropy of these values, in bits.
+        reach: Reach of these values, in pixels.
     """
 
     values: Tensor
@@ -101,16 +100,16 @@ class Row(NamedTuple):
 
 
 class Explorer:
-    """Tells what a token of a photo reads in any block of a model; several threads may ask at once.
+    """Computes what a token of a photo reads in any block of a model; safe to call from several threads.
 
     A photo is the square that the model sees, as `side` x `side` x 3 bytes of RGB.
 
     Args:
         model: In evaluation mode, not fused.
-        side: Pixels.
+        side: Side of the square in pixels.
 
     Raises:
-        ValueError: The model is none of this family, or has no classifier.
+        ValueError: The model is not of this family, or has no classifier.
     """
 
     def __init__(self, model: Any, side: int) -> None:
@@ -145,7 +144,7 @@ class Explorer:
         """A block by its number.
 
         Args:
-            number: From 1.
+            number: Number of the block, from 1.
 
         Raises:
             ValueError: There is no such block.
@@ -181,15 +180,15 @@ class Explorer:
     def look(
         self, photo: bytes, number: int, pixel: tuple[int, int], alpha: float, beta: float, head: int = 0
     ) -> dict[str, Row]:
-        """What the token at a pixel reads in a block, by 'dynamic', 'static' and 'mixed', where the block has it.
+        """What the token at a pixel reads in a block, under 'dynamic', 'static' and 'mixed' if the block has it.
 
         Args:
             photo: The square.
-            number: The block, from 1.
+            number: Number of the block, from 1.
             pixel: (x, y), from the upper left corner.
-            alpha: Weight of the dynamic affinity in the mixed one; 1 where it is alone.
-            beta: Weight of the static affinity in the mixed one; 1 where it is alone.
-            head: From 1; 0 for the mean over all.
+            alpha: Weight of the dynamic affinity in the mixed one; 1 if the block has no other.
+            beta: Weight of the static affinity in the mixed one; 1 if the block has no other.
+            head: Number of the head, from 1; 0 for the mean over all heads.
 
         Raises:
             ValueError: There is no such block, head or pixel.
@@ -240,11 +239,11 @@ class Pane(NamedTuple):
     """The settings of one model on the page.
 
     Attributes:
-        model: Its name.
-        block: From 1.
-        head: From 1; 0 for the mean over all.
-        alpha: Weight of the block's dynamic affinity; None for the learned one.
-        beta: Weight of the block's static affinity; None for the learned one.
+        model: Name of the model.
+        block: Number of the block, from 1.
+        head: Number of the head, from 1; 0 for the mean over all heads.
+        alpha: Weight of the block's dynamic affinity; None for the learned weight.
+        beta: Weight of the block's static affinity; None for the learned weight.
     """
 
     model: str
@@ -263,14 +262,14 @@ def link(pixel: tuple[int, int], panes: Sequence[Pane]) -> str:
 
 
 def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[int, int] | None, list[Pane]]:
-    """The pixel (x, y), if there is one, and the panes that a link asks for.
+    """Reads the pixel (x, y), if there is one, and the panes from a link.
 
     Args:
-        query: Its parameters; those of others are left alone.
-        models: Names of the models that there are.
+        query: Parameters of the link; unknown ones are ignored.
+        models: Names of the available models.
 
     Raises:
-        ValueError: There is no such model, or a number is none.
+        ValueError: There is no such model, or a value is not a number.
     """
 
     def number(key: str, kind: Callable[[str], Any], otherwise: Any) -> Any:
@@ -297,10 +296,10 @@ def open_upload(path: str | Path) -> Image.Image:
     """Opens a photo that a visitor has uploaded.
 
     Args:
-        path: The file; messages have its name, not its place.
+        path: The file. Messages show its name without its folder.
 
     Raises:
-        ValueError: It is no JPEG, PNG or WebP, a damaged one, or too large.
+        ValueError: It is not a JPEG, PNG or WebP, is damaged, or is too large.
     """
     name = Path(path).name
     if os.path.getsize(path) > _MEGABYTES * 10**6:
@@ -444,7 +443,7 @@ def _maps_page(views: dict[str, Row], block: BlockInfo, side: int) -> str:
 
 
 def _classes_page(names: Sequence[str], now: Tensor, learned: Tensor) -> str:
-    """The likeliest classes as bars; a line in each is where the learned alpha and beta have it."""
+    """The most likely classes as bars; a line in each is where the learned alpha and beta have it."""
     moved = not torch.equal(now, learned)
     lines = []
     for i in now.topk(min(_TOP, len(names))).indices.tolist():
@@ -503,9 +502,9 @@ class _Models:
         return figures.seen(photo, self._config)[1].tobytes()
 
     def first_pane(self) -> Pane:
-        """The settings at the start: the last block of the earliest stage that mixes and has tokens enough to show it.
+        """The initial settings: the last block of the earliest stage that mixes two affinities on enough tokens.
 
-        Not of the very first, whose tokens have hardly met.
+        The first stage is left out, because its tokens have read little yet.
         """
         blocks = list(enumerate(self[self.names[0]].blocks, 1))
         mixing = [(number, block) for number, block in blocks if block.gated] or blocks
@@ -545,15 +544,15 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
     """The page, a `gradio.Blocks`.
 
     Args:
-        models: `NAME.tag` for published weights, `NAME` for random ones; the first is shown, others are made when they
-            are chosen.
-        photo: To begin with, in RGB; the package's sample if None, of which alone there are links.
-        img_size: Side in pixels of the square that every model sees; that of the first one's weights if None.
+        models: `NAME.tag` for published weights, `NAME` for random ones. The first is shown; the others are created
+            when chosen.
+        photo: First photo, in RGB; the package's sample if None. Links work for the sample only.
+        img_size: Side in pixels of the square that all models see; that of the first model's weights if None.
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
         RuntimeError: The first model's weights cannot be loaded.
-        ValueError: A model is none of this family, or the image is too small for the first.
+        ValueError: A model is not of this family, or the image is too small for the first one.
     """
     for module in ("gradio", "matplotlib"):
         if importlib.util.find_spec(module) is None:
@@ -810,21 +809,21 @@ def serve(
     host: str = "127.0.0.1",
     port: int = 7860,
 ) -> None:
-    """Serves the page until it is interrupted, and keeps nothing of what it was given.
+    """Serves the page until interrupted, and stores no uploads.
 
     Args:
         models: As in `build`.
-        photo: File to begin with; the package's sample if None.
+        photo: File with the first photo; the package's sample if None.
         img_size: As in `build`.
-        host: Address to listen at: 127.0.0.1 is this machine alone, 0.0.0.0 the network.
-        port: Its port.
+        host: Address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for the network.
+        port: Port to listen on.
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
-        OSError: The photo does not exist, or the port is taken or the host none.
+        OSError: The photo does not exist, the port is taken, or there is no such host.
         RuntimeError: The first model's weights cannot be loaded.
-        ValueError: The photo is none, a model is none of this family, the image is too small for the first, or there is
-            no such port.
+        ValueError: The file is not a photo, a model is not of this family, the image is too small for the first one, or
+            there is no such port.
     """
     _check_address(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads under way would stay

@@ -23,10 +23,10 @@ def lock(folder: Path) -> FileLock:
     """Locks a run's folder for this process, until it is released or the process ends.
 
     Args:
-        folder: The run's.
+        folder: The run's folder.
 
     Raises:
-        ValueError: Another process has it.
+        ValueError: Another process holds the lock.
     """
     held, owner = FileLock(folder / ".lock"), folder / ".owner"
     try:
@@ -42,8 +42,8 @@ def lock(folder: Path) -> FileLock:
 class Progress:
     """How far a run has come.
 
-    Random numbers are no part of it: each is a function of the run's seed and of the place where it is used
-    (`seed_everything`), on every rank.
+    It holds no random state: on every rank, random numbers are a function of the run's seed and of the place where they
+    are used (`seed_everything`).
     """
 
     epoch: int = 0  # whole ones
@@ -62,13 +62,13 @@ class Progress:
 class Checkpoints:
     """The newest checkpoints of a run, in its folder.
 
-    A file is `checkpoint-STEP-HASH.pth`: the optimizer step, and the first 16 digits of the sha256 of its content, so
-    that name and checksum appear in one atomic move. It is a dictionary of tensors and plain values, so nothing is
-    executed in loading it. timm loads its weights, and prefers the averaged ones.
+    A file is called `checkpoint-STEP-HASH.pth`, with the optimizer step and the first 16 digits of the sha256 of its
+    content, so that name and checksum appear in one atomic move. It is a dictionary of tensors and plain values, so
+    loading it executes no code. timm loads its weights, and prefers the averaged ones.
 
     Args:
-        folder: The run's.
-        keep: How many to keep.
+        folder: The run's folder.
+        keep: Number of checkpoints to keep.
     """
 
     def __init__(self, folder: str | Path, keep: int = 2) -> None:
@@ -85,14 +85,14 @@ class Checkpoints:
         return sorted(self.folder.glob("checkpoint-*-*.damaged"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes those that are too old, and another one of the same step.
+        """Writes a checkpoint, then removes old ones, and any other of the same step.
 
         Args:
             step: Optimizer steps done.
             state: Tensors and plain values.
 
         Raises:
-            OSError: It cannot be written; those before are left.
+            OSError: It cannot be written; earlier checkpoints are kept.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -104,20 +104,20 @@ class Checkpoints:
         return path
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Saves in a thread, from a copy in memory: training goes on meanwhile. One at a time.
+        """Saves a copy in a thread while training goes on, one checkpoint at a time.
 
         Args:
             step: Optimizer steps done.
             state: Tensors and plain values.
 
         Raises:
-            OSError: The one before could not be written.
+            OSError: The previous checkpoint could not be written.
         """
         self.finish()
         self._writing = self._thread.submit(self.save, step, _copy(state))
 
     def finish(self) -> None:
-        """Waits for what `begin` began.
+        """Waits for the checkpoint of `begin`.
 
         Raises:
             OSError: It could not be written.
@@ -127,12 +127,12 @@ class Checkpoints:
             writing.result()
 
     def load(self) -> dict[str, Any] | None:
-        """The newest whole checkpoint, on the CPU; one that is damaged is named on stderr and set aside.
+        """Loads the newest intact checkpoint to the CPU; damaged ones are reported on stderr and set aside.
 
-        What an interrupted `write_atomically` has left in the folder is removed.
+        Leftovers of an interrupted `write_atomically` are removed.
 
         Returns:
-            What was saved, or None if there is none.
+            The saved state, or None if there is no checkpoint.
         """
         for unfinished in self.folder.glob("*.tmp"):
             unfinished.unlink()

@@ -10,9 +10,9 @@ def plot_curves(summary: str | Path, picture: str | Path) -> None:
     """Draws loss and accuracy over epochs.
 
     Args:
-        summary: The run's `summary.csv`, with columns `epoch`, `train_loss`, `eval_loss`, `eval_top1`, and for averaged
-            weights `eval_ema_top1`.
-        picture: The PNG to write.
+        summary: The run's `summary.csv`, with columns `epoch`, `train_loss`, `eval_loss`, `eval_top1`, and
+            `eval_ema_top1` for averaged weights.
+        picture: Output PNG.
     """
     # Not pyplot: it would choose a window system, and training machines have none.
     from matplotlib.backends.backend_agg import FigureCanvasAgg

@@ -49,10 +49,10 @@ def operations(policy: Any) -> list[Any]:
 
 
 def mend_posterize(policy: Any) -> Any:
-    """Lets an auto-augment policy of timm keep no bit of an image, and returns it.
+    """Lets timm's auto-augment policy posterize to 0 bits, and returns the policy.
 
-    RandAugment m9-mstd0.5-inc1, the released recipe, does so with one image in some hundreds. Pillow made it black
-    until version 13, which refuses: with timm's own operation a run then dies in its first epoch.
+    RandAugment m9-mstd0.5-inc1, the released recipe, does so with one image in a few hundred. Pillow made such an image
+    black until version 13, which raises an error: a run with timm's own operation then dies in its first epoch.
     """
     for operation in operations(policy):
         if operation.name.startswith("Posterize"):
@@ -66,12 +66,12 @@ _TRIES = 10
 
 
 class Digits(Dataset):
-    """The 1,797 handwritten digits of scikit-learn as images: 8 x 8, enlarged to 32 x 32, ten classes.
+    """scikit-learn's 1,797 handwritten digits as images: 8 x 8, enlarged to 32 x 32, ten classes.
 
-    1,437 train, 360 are held out, the same ones in every run, with equal shares of each digit.
+    1,437 are for training and 360 are held out: the same ones in every run, with equal shares of each digit.
 
     Args:
-        train: The training part, else the held-out part.
+        train: Whether to use the training part, or else the held-out part.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -108,9 +108,9 @@ def _in_order(names: Iterable[str]) -> list[str]:
 
 
 class ClassFolders(Reader):
-    """Images in class folders: all below one, however deep, are of that class, as torchvision's ImageFolder has it.
+    """Images in class folders, at any depth, as in torchvision's ImageFolder.
 
-    Note: timm's reader takes the folder that an image lies in for its class, whatever that is in.
+    Note: for timm's reader the class is the innermost folder; here it is the one directly below `root`.
 
     Args:
         root: Folder of the class folders.
@@ -161,11 +161,11 @@ class ClassFolders(Reader):
 
 
 class Photos(Reader):
-    """All images below some folders, in one order for every process; labels are not read, `targets` are 0.
+    """All images below some folders, in the same order in every process; no labels are read, and `targets` are 0.
 
     Args:
         roots: The folders.
-        exclude: Pattern of file names that are left out, as in `fnmatch`.
+        exclude: Pattern of file names to leave out, as in `fnmatch`.
 
     Raises:
         PermissionError: A folder cannot be read.
@@ -224,12 +224,13 @@ class _TarReader(ReaderImageInTar):
 
 
 def open_tar(path: Path) -> ReaderImageInTar:
-    """timm's reader over a tar file of class folders or of a tar file for each class.
+    """timm's reader for a tar file with class folders, or with one tar file per class.
 
-    Note: timm keeps an index beside a large archive, and believes it also when the archive is another; here is none.
+    Note: timm keeps an index beside a large archive, and trusts it even if the archive has changed. Here there is no
+    index.
 
     Raises:
-        ValueError: It has no images, or folders in class folders, of which nobody can tell which are the classes.
+        ValueError: It has no images, or nested folders, of which either level could be the classes.
     """
     try:
         reader = _TarReader(str(path), cache_tarinfo=False)
@@ -252,18 +253,18 @@ def open_tar(path: Path) -> ReaderImageInTar:
 
 
 class Images(ImageDataset):
-    """timm's dataset over a folder, tar or Hugging Face reader, which notes the images that it cannot read.
+    """timm's dataset over a folder, tar or Hugging Face reader, which keeps track of unreadable images.
 
-    In training the next readable image takes the place of one; in validation its class becomes -1, not to be counted.
-    The notes are in shared memory, so that the workers that read write them for the process that trains. `classes` are
-    the names of the classes in order, `left_out` is what to say of files that are no images by their suffix. `decode`
-    makes an image of an open file.
+    In training an unreadable image is replaced by the next readable one. In validation its class becomes -1, which does
+    not count. The record is in shared memory, so that loader processes can report to the process that trains.
+    `classes` are the class names in order, `left_out` is a message about files without an image suffix, and `decode`
+    turns an open file into an image.
 
     Args:
-        root: A folder of class folders, or a tar file; with a reader, as timm's.
+        root: A folder of class folders, or a tar file; with a reader, timm's argument.
         reader: '' or timm's 'hfds/NAME', or a reader.
-        train: Whether for training.
-        split: As timm's.
+        train: Whether the images are for training.
+        split: timm's argument.
     """
 
     def __init__(self, root: str | None, reader: str | Reader = "", train: bool = False, split: str = "train") -> None:
@@ -302,10 +303,10 @@ class Images(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
     def new_unreadable(self) -> list[str]:
-        """Names of images found unreadable since the last call.
+        """Names of the images found unreadable since the last call.
 
         Raises:
-            ValueError: All noted are more than 1 % of the images, and more than 10.
+            ValueError: In total more than 1 % of the images, and more than 10, are unreadable.
         """
         if not self._news:
             return []
@@ -321,13 +322,13 @@ class Images(ImageDataset):
         return hashlib.sha256("\n".join(self.filenames()).encode()).hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
-        """Refuses to go on if too many images cannot be read.
+        """Refuses to go on if too many images are unreadable.
 
         Args:
-            flags: (images,), which ones cannot be read, as this process or all of them know.
+            flags: (images,), which ones are unreadable, according to this process or to all.
 
         Raises:
-            ValueError: They are more than 1 %, and more than 10.
+            ValueError: More than 1 %, and more than 10, are unreadable.
         """
         if (count := int(flags.sum())) > max(10, len(self) // 100):
             last = self.filename(int(flags.nonzero()[-1]))
@@ -344,15 +345,15 @@ def _split(root: Path, names: tuple[str, ...]) -> Path:
 
 
 def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> None:
-    """Refuses data whose classes differ from those of weights or a run, where both have names.
+    """Refuses data whose classes differ from those of the weights or the run, if both have names.
 
     Args:
-        of: What knows them.
-        known: Names in the order of the logits, or None.
-        found: Names in the order of the data's labels, or None.
+        of: Description of the weights or the run, for the message.
+        known: Their class names in the order of the logits, or None.
+        found: The data's class names in the order of its labels, or None.
 
     Raises:
-        ValueError: They differ.
+        ValueError: The names differ.
     """
     if known and found and known != found:
         i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(known, found)) if pair[0] != pair[1])
@@ -361,9 +362,9 @@ def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> 
 
 
 def open_validation(data_dir: str | Path) -> tuple[Images, int]:
-    """Opens images to evaluate on: the validation part of a folder, or one that holds the class folders itself.
+    """Opens images to evaluate on: the validation part of a folder, or a folder of class folders.
 
-    ImageNet-V2 is of the second kind; its folders are numbers, and are sorted as numbers.
+    ImageNet-V2 is of the second kind. Its folder names are numbers, and are sorted as numbers.
 
     Args:
         data_dir: The folder.
@@ -385,15 +386,15 @@ def open_validation(data_dir: str | Path) -> tuple[Images, int]:
 
 
 def open_photos(folders: list[str], exclude: str | None = None) -> tuple[Images, Images]:
-    """Opens photos whose labels are not read, to train on and to validate on.
+    """Opens photos for training and validation without reading labels.
 
     Args:
-        folders: Their `train` and `val` (or `validation`, `test`); one without them is to be trained on as a whole.
-        exclude: Pattern of names of files that are left out.
+        folders: Folders with `train` and `val` (or `validation`, `test`). A folder without them is all for training.
+        exclude: Pattern of file names to leave out.
 
     Raises:
-        OSError: A folder is missing, or cannot be read.
-        ValueError: A folder has no images, or no folder has a part to validate on.
+        OSError: A folder is missing or unreadable.
+        ValueError: A folder has no images, or no folder has a validation part.
     """
     train, val = [], []
     for root in map(Path, folders):
@@ -417,26 +418,26 @@ def create_datasets(
     batch_size: int = 1,
     seed: int = 0,
 ) -> tuple[Any, Any, int]:
-    """Opens the data to train and to validate on.
+    """Opens training and validation data.
 
     Args:
         data_dir: The folder.
-        dataset: '' for a folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file with a
-            folder of images for each class; 'torch/cifar10', 'torch/cifar100', 'hfds/NAME', 'wds/' as in timm;
-            'digits', or '' without a folder, for scikit-learn's digits.
-        splits: Names of the parts to train and to validate on, where the data has names; for WebDataset also patterns
-            with a number of images, as `train-{000..099}.tar|100000`.
-        num_classes: As many as the data must have; what has no class names, as WebDataset, needs it.
-        batch_size: A hint that WebDataset needs.
-        seed: Of the order of what is read as a stream.
+        dataset: '' for a folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file with one
+            folder of images per class; 'torch/cifar10', 'torch/cifar100', 'hfds/NAME', 'wds/' as in timm; 'digits', or
+            '' without a folder, for scikit-learn's digits.
+        splits: Names of the training and validation splits, if the data has names. For WebDataset also patterns with a
+            number of images, such as `train-{000..099}.tar|100000`.
+        num_classes: Required number of classes. Data without class names, such as WebDataset, needs it.
+        batch_size: A hint for WebDataset.
+        seed: Seed of the order of streams.
 
     Returns:
         Training data, validation data, number of classes.
 
     Raises:
         ImportError: A package that the format needs is not installed.
-        OSError: The folder or one of its parts is missing, or cannot be read.
-        ValueError: A part or a class has no images, the parts have different classes, or not `num_classes`.
+        OSError: The folder or one of its parts is missing or unreadable.
+        ValueError: A split or a class has no images, splits have different classes, or there are not `num_classes`.
     """
     kind = "digits" if not dataset and data_dir is None else dataset.split("/")[0].lower()
     train: Any

@@ -13,22 +13,21 @@ COLUMNS = 3  # of a window, for which oneDNN is fast
 
 
 def speed_up_depthwise(model: nn.Module) -> int:
-    """Lets a model's depthwise convolutions compute the gradient of their weights faster on a CPU, in place.
+    """Speeds up the weight gradient of a model's depthwise convolutions on a CPU, in place.
 
-    dL/dw_c[i, j] = sum over b, h, w of x_c[b, h + i, w + j] dL/dy_c[b, h, w], with x padded. A column j of the window
-    needs no other, so a wide window is computed as several of three columns.
+    dL/dw_c[i, j] = sum over b, h, w of x_c[b, h + i, w + j] dL/dy_c[b, h, w], with x padded. The window's
+    columns j are independent, so a wide window is computed as several windows of three columns.
 
-    oneDNN (seen with 3.7 and 3.12) is fast for windows of at most three columns. The gradient of a 5x5 one takes it
-    fifteen times as long as of a 5x3 one in float32, and forty times in bfloat16.
+    oneDNN (seen with 3.7 and 3.12) is fast for windows of up to three columns. For a 5x5 window its gradient takes
+    fifteen times as long as for a 5x3 one in float32, and forty times in bfloat16.
 
-    Answers and gradients stay as they are, but for rounding. Convolutions of other kinds are left alone: those of
-    stride 2, dilated, or of a class of their own.
+    Answers and gradients are the same up to rounding. Strided, dilated and subclassed convolutions are left unchanged.
 
     Args:
-        model: Any. Its modules keep their classes, parameters and hooks.
+        model: Any model. Its modules keep their classes, parameters and hooks.
 
     Returns:
-        How many convolutions that were.
+        The number of convolutions changed.
     """
     count = 0
     for conv in model.modules():

@@ -27,9 +27,9 @@ __all__ = ["Distillation", "Divergence", "Teacher", "Views"]
 
 
 class Divergence(nn.Module):
-    """T^2 KL(softmax(t / T) || softmax(s / T)), the mean over a batch, of a student's logits s from a teacher's t.
+    """T^2 KL(softmax(t / T) || softmax(s / T)) for teacher logits t and student logits s, averaged over the batch.
 
-    The factor keeps the size of gradients over temperatures (Hinton et al. 2015, section 2).
+    The factor T^2 keeps gradients equally large at all temperatures (Hinton et al. 2015, section 2).
 
     Args:
         temperature: T.
@@ -46,19 +46,19 @@ class Divergence(nn.Module):
 
 
 class Teacher:
-    """A trained model that answers with logits for the views that a student sees, however large it wants them.
+    """A trained model that gives logits for the student's views, resized to its own image size.
 
     Args:
         name: A timm model.
-        checkpoint: Its weights, or None for its pretrained ones.
-        num_classes: That it knows.
-        size: Side of its images: views are enlarged, or made smaller, bicubic. None leaves them as they are.
-        mean: Of the student's normalization.
-        std: Of the same.
-        compute: Where, and in which type.
+        checkpoint: Its weights file, or None for its pretrained weights.
+        num_classes: Its number of classes.
+        size: Side of its images, to which views are resized, bicubically. None leaves their size unchanged.
+        mean: Mean of the student's normalization.
+        std: Standard deviation of the student's normalization.
+        compute: Device and type to compute in.
 
     Raises:
-        OSError, RuntimeError, ValueError: As timm has it, for weights that it does not get or that do not fit.
+        OSError, RuntimeError, ValueError: From timm, for weights that are missing or do not fit.
     """
 
     def __init__(
@@ -96,14 +96,14 @@ class Teacher:
     def label(
         self, photos: Images, config: dict[str, Any], batch_size: int, workers: int, kept: Path | None = None
     ) -> None:
-        """Makes the teacher's prediction the class of every photo, on all processes.
+        """Labels every photo with the teacher's prediction, on all processes.
 
         Args:
-            photos: Of a `Photos`.
-            config: How they are prepared: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
-            batch_size: Photos at a time.
-            workers: Processes that load.
-            kept: File to read the answers from, or to keep them in.
+            photos: Opened by `open_photos`.
+            config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+            batch_size: Photos per batch.
+            workers: Number of loader processes.
+            kept: File in which the predictions are cached.
         """
         known = [np.load(kept) if kept is not None and kept.exists() else None]
         dist.broadcast_object_list(known)
@@ -129,19 +129,19 @@ class Teacher:
 
 
 class Views:
-    """What a student saw in some epochs, and what its teacher said: read again when these epochs come again.
+    """Views and teacher logits of the first epochs on disk, read again when these views repeat.
 
-    A file for each epoch and process holds a record for each of its batches: pixels (uint8, before mixing), the
-    teacher's logits (half precision, for the mixed images) and a checksum. What is damaged or not finished is drawn,
-    asked and written again. Files of other settings lie in folders of their own.
+    There is one file per epoch and process, with a record for each batch: pixels (uint8, before mixing), the teacher's
+    logits (half precision, for the mixed images) and a checksum. Damaged and incomplete records are made again. Each
+    combination of settings has its own folder.
 
     Args:
-        folder: Where the folder of these views is made.
-        made_from: Settings that determine views and answers, plain values.
-        shape: Of a batch: (images, 3, side, side).
-        classes: Of the teacher.
-        passes: Batches in an epoch.
-        rank: Whose share this is.
+        folder: Parent of that folder.
+        made_from: Settings that determine views and logits, as plain values.
+        shape: Shape of a batch, (images, 3, side, side).
+        classes: Number of the teacher's classes.
+        passes: Batches per epoch.
+        rank: Rank of the process.
 
     Raises:
         OSError: The folder cannot be written.
@@ -186,11 +186,11 @@ class Views:
             yield record[: self.pixels].view(self.shape), logits.view(self.shape[0], self.classes)
 
     def write(self, epoch: int, i: int, pixels: Tensor, logits: Tensor) -> None:
-        """Keeps a batch.
+        """Stores a batch.
 
         Args:
-            epoch: Of the views.
-            i: The batch's number in it.
+            epoch: Epoch of the views.
+            i: Index of the batch in the epoch.
             pixels: (images, 3, side, side), uint8.
             logits: (images, classes), half precision.
 
@@ -207,17 +207,17 @@ class Views:
 
 
 class Distillation:
-    """The batches of a run that learns from a teacher alone: views, and what the teacher says of them.
+    """The batches of a run that learns from a teacher alone: views, and the teacher's logits for them.
 
     Args:
-        teacher: Asked for each view once.
-        mix: Erases and mixes images and labels (which do not matter), under the seed of the view.
-        seed: The run's.
-        passes: Batches in an epoch.
-        mean: Of the student's normalization.
-        std: Of the same.
-        views: Where they are kept, or None if no view repeats.
-        repeat: Epochs after which views repeat.
+        teacher: Run once for each view.
+        mix: Erases and mixes images (and labels, which are ignored), seeded by the view.
+        seed: The run's seed.
+        passes: Batches per epoch.
+        mean: Mean of the student's normalization.
+        std: Standard deviation of the student's normalization.
+        views: Where views are kept, or None if they do not repeat.
+        repeat: Number of epochs after which views repeat.
     """
 
     def __init__(
@@ -247,9 +247,9 @@ class Distillation:
         """Batches of an epoch, from `first` on.
 
         Args:
-            epoch: Of the run.
-            first: Batch to begin with.
-            draw: Gives batches of images and labels for an epoch and its first batch.
+            epoch: Epoch of the run.
+            first: Index of the first batch.
+            draw: Returns batches of images and labels, given an epoch and the index of its first batch.
         """
         self.epoch = epoch
         view = epoch % self.repeat if self.repeat else epoch

@@ -21,17 +21,17 @@ SIGNALS = [
 def join_group(device: str) -> torch.device:
     """Joins the processes of torchrun, srun or mpirun; a process that was started alone is a group of one.
 
-    So samplers, repeated augmentation among them, need no second way for a single process. On GPUs cuDNN measures which
-    of its kernels are the fastest, and products of float32 are computed in TF32.
+    So samplers, repeated augmentation included, need no special case for a single process. On GPUs, cuDNN searches for
+    its fastest kernels, and float32 products are computed in TF32.
 
     Args:
-        device: 'cpu', 'cuda' or 'cuda:N'; each process of several takes the GPU of its local rank.
+        device: 'cpu', 'cuda' or 'cuda:N'. In a group, each process takes the GPU of its local rank.
 
     Returns:
         This process's device.
 
     Raises:
-        KeyError, RuntimeError, ValueError: What the launcher says does not make a group.
+        KeyError, RuntimeError, ValueError: The launcher's environment variables do not describe a group.
     """
     target = torch.device(device)  # before anything is joined: it may be a name of none
     local, rank, world = _place()
@@ -67,14 +67,14 @@ def _place() -> tuple[int, int, int]:
 
 
 class Agreement:
-    """What all processes agree on after a step, so that none goes its own way or leaves the others waiting.
+    """Values that all processes share after a step, so that they take the same decisions.
 
-    It is on its way from the device: who reads it a step later does not wait.
+    The copy from the device is asynchronous, so reading it a step later does not wait.
 
     Args:
-        loss: This process's, a scalar.
-        norm: Of the gradient, a scalar.
-        scale: Of the loss, a scalar.
+        loss: Loss of this process, a scalar.
+        norm: Norm of the gradient, a scalar.
+        scale: Scale of the loss, a scalar.
         stop: Whether this process was told to stop.
     """
 
@@ -98,11 +98,11 @@ def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
     """Which flags are set on any process; all processes must call it.
 
     Args:
-        flags: This process's.
-        device: What the processes talk by.
+        flags: Flags of this process.
+        device: Device of the process group.
 
     Returns:
-        On the CPU, of the same shape.
+        Flags of the same shape, on the CPU.
     """
     if dist.get_world_size() == 1:
         return flags
@@ -112,11 +112,11 @@ def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class StopSignal:
-    """Notes the signals that end jobs, for the training loop to save and stop after its step.
+    """Catches the signals that end jobs, so that the training loop can save and stop after its step.
 
-    Slurm's and torchrun's SIGTERM, a closed terminal's SIGHUP, SIGUSR1 and SIGUSR2 of schedulers, and Ctrl-C. They may
-    come many times, from several senders: the first counts. A second Ctrl-C, a second later, acts as if nobody
-    listened. To be used in a `with` statement.
+    They are SIGTERM (Slurm, torchrun), SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (schedulers), and Ctrl-C. They
+    may come many times and from several senders; the first counts. A second Ctrl-C, a second later, ends the process at
+    once. Use it in a `with` statement.
     """
 
     def __init__(self) -> None:

@@ -46,9 +46,9 @@ _MOST = 16  # workers; each has its own copy of the list of files, and batches i
 
 
 def cores() -> int:
-    """Processor cores for this process: those that it may use, divided among the processes of this machine.
+    """Processor cores for this process: those it may use, divided by the number of processes on this machine.
 
-    `os.cpu_count()` would count cores that a scheduler or a container gave to others.
+    `os.cpu_count()` would also count cores that a scheduler or a container gave to others.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     with suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
@@ -63,12 +63,12 @@ def default_workers() -> int:
 
 
 def advice(share: float, workers: int, loader: str = "pil") -> str:
-    """What to do about an epoch that waited for data, or '' if it hardly did.
+    """Advice about an epoch that waited for data, or '' if it hardly did.
 
     Args:
-        share: Of the epoch's time.
-        workers: Loaders of this process.
-        loader: `--loader`.
+        share: Share of the epoch's time spent waiting.
+        workers: Number of this process's loader processes.
+        loader: Value of `--loader`.
     """
     if share <= _WAIT:
         return ""
@@ -80,9 +80,9 @@ def advice(share: float, workers: int, loader: str = "pil") -> str:
 
 
 def _shield(worker: int) -> None:
-    """Keeps a worker alive through a signal that goes to a whole group of processes, as Ctrl-C does.
+    """Keeps a worker alive through signals to the whole process group, such as Ctrl-C.
 
-    The process that trains still needs its batches to finish a step, and ends its workers itself.
+    The training process still needs its batches to finish a step, and ends its workers itself.
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
@@ -145,23 +145,23 @@ def create_train_loader(
     device: torch.device,
     loader: str = "pil",
 ) -> PrefetchLoader:
-    """A loader as `timm.data.create_loader` makes it, but for seeds of samples instead of workers.
+    """A training loader like that of `timm.data.create_loader`, but seeded by sample instead of by worker.
 
     Args:
-        dataset: timm's, or any with a `transform`.
+        dataset: A timm dataset, or any with a `transform`.
         config: `input_size`, `interpolation`, `mean`, `std`.
-        augmentation: More arguments of `timm.data.create_transform`.
-        repeats: Augmented copies of an image in an epoch (of a part of the images), 0 for one of each.
-        batch_size: Images of this process.
-        workers: Processes that load; what comes out does not depend on it, but for streams.
-        seed: The run's.
+        augmentation: Further arguments of `timm.data.create_transform`.
+        repeats: Augmented copies per image and epoch, of a part of the images; 0 for one of each image.
+        batch_size: Images per batch of this process.
+        workers: Number of loader processes. It does not change the batches, except those of streams.
+        seed: The run's seed.
         device: Where images are moved to and normalized.
-        loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same for an image; their
+        loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same augmentation; their
             pixels differ by rounding.
 
     Raises:
-        ValueError: Repeats of a stream, fewer shards than processes, or the tensor loader for data that is decoded
-            elsewhere.
+        ValueError: Repeats of a stream, fewer shards than processes, or the tensor loader for data that something else
+            decodes.
     """
     if isinstance(dataset, Images):
         dataset.decode = decode if loader == "tensor" else open_rgb
@@ -210,17 +210,17 @@ def create_val_loader(
     device: torch.device,
     persistent: bool = False,
 ) -> PrefetchLoader:
-    """Validation images in their order, as `timm.data.create_loader` gives them; of several processes each its share.
+    """A validation loader like that of `timm.data.create_loader`, in order; each process gets its share.
 
-    Always by Pillow, whatever loads the training images, so that accuracies are comparable with timm's.
+    It always uses Pillow, so that accuracies are comparable with timm's.
 
     Args:
-        dataset: timm's, or any with a `transform`.
+        dataset: A timm dataset, or any with a `transform`.
         config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
-        batch_size: Images of this process.
-        workers: Processes that load.
+        batch_size: Images per batch of this process.
+        workers: Number of loader processes.
         device: Where images are moved to and normalized.
-        persistent: Whether the workers stay for the next pass.
+        persistent: Whether the workers are kept for the next pass.
     """
     dataset.transform = create_transform(
         config["input_size"],
@@ -256,16 +256,16 @@ def end_workers() -> None:
 
 
 def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
-    """Side of the images in each epoch: from `start` to `end` in multiples of `step`, both exactly.
+    """Side of the images in each epoch, growing from `start` to `end` in multiples of `step`; both ends are exact.
 
     Args:
-        start: Of the first epoch.
-        end: Of the last one, and of a single one.
-        epochs: How many there are.
-        step: Pixels, those of a token in the last stage.
+        start: Side in the first epoch, in pixels.
+        end: Side in the last epoch, or in the only one.
+        epochs: Number of epochs.
+        step: Pixels per token in the last stage.
 
     Raises:
-        ValueError: `start` is larger than `end`, or less than a token.
+        ValueError: `start` is larger than `end`, or smaller than a token.
     """
     if start > end:
         raise ValueError(f"--start-size {start} is larger than the model's images, {end}: images cannot shrink")
@@ -279,13 +279,13 @@ def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
 
 
 def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[Any]:
-    """The batches of an epoch, or those from the middle of it on.
+    """The batches of an epoch, from its start or from the middle.
 
     Args:
-        loader: As `create_train_loader` makes it.
-        seed: The run's.
-        epoch: Counts from 0.
-        first: The first batch. To get there, streams are read from the start, with the same number of workers.
+        loader: From `create_train_loader`.
+        seed: The run's seed.
+        epoch: Index of the epoch, from 0.
+        first: Index of the first batch. Streams are read from the start to get there, with the same number of workers.
     """
     seed_everything(seed, epoch)  # torch draws the seeds of its workers from here
     if isinstance(loader.dataset, IterableImageDataset):

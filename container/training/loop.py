@@ -40,9 +40,9 @@ class Compute:
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def scaler(self) -> torch.amp.GradScaler:
-        """Scales the loss of float16, and makes an optimizer leave out steps whose gradient is not finite.
+        """A scaler for the loss in float16, which also makes an optimizer skip steps whose gradient is not finite.
 
-        Other types have the range that they need, and keep a scale of 1.
+        Other types have enough range, and keep a scale of 1.
         """
         return torch.amp.GradScaler(self.device.type, init_scale=2.0**16 if self.amp == "float16" else 1.0)
 
@@ -61,23 +61,22 @@ def train_one_epoch(
     clip_grad: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Trains for an epoch, or for what is left of one. Nothing in it waits for the GPU.
+    """Trains for an epoch, or for the rest of one. Nothing in it waits for the GPU.
 
     Args:
         task: The model and its loss.
-        batches: Images and targets, `accum` of them a step.
-        optimizer: Leaves out, by the scaler, a step whose gradient is not finite on any process.
-        scheduler: timm's.
-        scaler: Of `compute`.
-        compute: Type and layout.
-        prepare: What is done to a batch on the device: erasing, mixing.
-        after_step: Is given the loss, this process's mean over the step, the norm of the gradient before it was
-            clipped, which is the same on all processes, and the highest learning rate of a layer. May end the epoch
-            by an exception.
-        steps: Numbers of the optimizer steps, counted from the start of the run.
-        accum: Passes in a step.
-        clip_grad: Largest norm of the gradient.
-        seed: The run's; with the number of a pass and the rank it determines all that is drawn.
+        batches: Images and targets; a step takes `accum` of them.
+        optimizer: Its scaler skips a step if the gradient is not finite on some process.
+        scheduler: A timm scheduler.
+        scaler: The scaler of `compute`.
+        compute: Type and memory format.
+        prepare: Applied to a batch on the device: erasing, mixing.
+        after_step: Called with this process's mean loss in the step, the norm of the gradient before clipping (the same
+            on all processes), and the highest learning rate of a layer. It may end the epoch with an exception.
+        steps: Indices of the optimizer steps, counted from the start of the run.
+        accum: Forward and backward passes per step.
+        clip_grad: Maximum norm of the gradient.
+        seed: The run's seed. With the index of a pass and the rank, it determines all random numbers.
     """
     task.train()
     for step in steps:
@@ -113,21 +112,21 @@ def evaluate(
     classes: torch.Tensor | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 (in percent) over the validation data, and how many `images` counted.
+    """Loss, top-1 and top-5 (in percent) over the validation data, and the number of `images` that count.
 
-    Averaged weights, where the task has them, are evaluated on the same batches: `ema_loss`, `ema_top1`, `ema_top5`.
+    If the task has averaged weights, they are evaluated on the same batches: `ema_loss`, `ema_top1`, `ema_top5`.
 
     Args:
-        task: The model's.
-        loader: Of the validation data. Images of class -1 do not count.
-        compute: Type and layout.
-        real: Is given all predictions, in the order of the data.
-        classes: The data's classes among those of the model, in the data's order, where they are a part. Accuracies
-            are then among all classes of the model, and `part_loss`, `part_top1`, `part_top5` among those of the data.
-        stop: Asked now and then, on all processes at once, whether to leave it at that.
+        task: The model and its loss.
+        loader: Validation data. Images of class -1 do not count.
+        compute: Type and memory format.
+        real: Called with all predictions, in the order of the data.
+        classes: If the data has a subset of the model's classes: their indices, in the data's order. Accuracies are
+            then among all classes of the model, and `part_loss`, `part_top1`, `part_top5` among those of the data.
+        stop: Called now and then, on all processes at once; True ends the evaluation.
 
     Raises:
-        StoppedError: `stop` said so.
+        StoppedError: `stop` returned True.
     """
     task.eval()
     # Every process has its own share, and DDP nothing to do.

@@ -12,19 +12,19 @@ __all__ = ["describe", "estimate"]
 def estimate(
     model: torch.nn.Module, size: int, batch_size: int, half: bool = False, ema: bool = False
 ) -> dict[str, float]:
-    """Counts a model's cost on torch's meta device, where nothing is computed.
+    """Estimates a model's cost on torch's meta device, without computing anything.
 
     Args:
-        model: In the state that it is trained in.
+        model: Set up as for training.
         size: Side of the images.
-        batch_size: Images in a pass.
+        batch_size: Images per pass.
         half: Whether activations have 16 bits.
         ema: Whether averaged weights are kept.
 
     Returns:
-        `params`; `gmacs`, billions of multiply-adds for one image (convolutions, linear layers, products of attention);
-        `gib`, an estimate of a training step's memory: weights, gradients, AdamW's two moments, averaged weights, and
-        what autograd keeps for the backward pass. Workspace of the kernels comes on top.
+        `params`; `gmacs`, billions of multiply-adds per image (convolutions, linear layers, attention); `gib`, an
+        estimate of a training step's memory: weights, gradients, AdamW's two moments, averaged weights, and what
+        autograd keeps for the backward pass, without the kernels' workspace.
     """
     model = copy.deepcopy(model).to("meta").train()
     params = sum(p.numel() for p in model.parameters())

@@ -16,19 +16,19 @@ _NO_SETTINGS = ("recipe", "output", "resume", "eval", "dry_run", "device")
 def parse_with_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder: Path, name: str
 ) -> argparse.Namespace:
-    """Parses a command line over a recipe: its settings are read as flags in front of the user's own, and checked too.
+    """Parses a command line on top of a recipe, whose settings are read, and checked, as flags before the user's own.
 
     Args:
-        parser: The arguments there are.
+        parser: The argument parser.
         argv: The user's arguments, or None for those of the process.
-        folder: Where `NAME.yaml` lies.
-        name: The recipe, or a file called `*.yaml`: one of the user's own, or a run's `args.yaml`.
+        folder: Folder of `NAME.yaml`.
+        name: Name of a recipe, or a `*.yaml` file: the user's own, or a run's `args.yaml`.
 
     Returns:
         The arguments.
 
     Raises:
-        SystemExit: As argparse does, for a recipe that does not exist, sets what is no argument, or sets a wrong value.
+        SystemExit: From argparse, if the recipe does not exist, or sets an unknown argument or a wrong value.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file():

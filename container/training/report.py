@@ -32,11 +32,11 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     """Command, code, versions and hardware of this process.
 
     Args:
-        device: What it computes on.
+        device: The device that it computes on.
 
     Returns:
-        Plain values: `command`, `git` (revision, with `-dirty` behind it if files were changed; None outside a
-        checkout), `versions`, `hardware`.
+        Plain values: `command`, `git` (revision, followed by `-dirty` if files were changed; None outside a checkout),
+        `versions`, `hardware`.
     """
     versions = dict(python=platform.python_version(), container=container.__version__)
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, timm, PIL)}
@@ -52,13 +52,13 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 class Report:
-    """Keeps `summary.csv`, `curves.png`, `summary.json`, and the events of TensorBoard and W&B, of a run up to date.
+    """Keeps a run's `summary.csv`, `curves.png`, `summary.json` and its TensorBoard and W&B events up to date.
 
     Args:
-        folder: The run's.
-        first: The epoch from which on TensorBoard shows what is written now; an interrupted run may have shown more.
-        wandb: A project of Weights & Biases, or None. A run that goes on goes on there.
-        settings: Of the run, for W&B.
+        folder: The run's folder.
+        first: First epoch to be written. TensorBoard drops later events of an interrupted run.
+        wandb: Project at Weights & Biases, or None. A resumed run is resumed there as well.
+        settings: The run's settings, for W&B.
 
     Raises:
         ImportError: wandb is not installed.
@@ -84,8 +84,8 @@ class Report:
         """Writes everything, each file whole or not at all.
 
         Args:
-            history: Numbers of each epoch so far, with `epoch`, `train_loss`, `eval_loss`, `eval_top1`.
-            summary: The content of `summary.json`.
+            history: One dictionary per epoch so far, with `epoch`, `train_loss`, `eval_loss`, `eval_top1`.
+            summary: Content of `summary.json`.
 
         Raises:
             OSError: A file cannot be written.
@@ -112,15 +112,17 @@ class Report:
 
 
 def write_best(folder: Path, model: torch.nn.Module, class_names: list[str] | None) -> None:
-    """Writes `model_best.safetensors`: weights alone, as timm would load the averaged of a file with both.
+    """Writes `model_best.safetensors`, weights alone.
+
+    A file with averaged weights as well would not do, because timm would load those.
 
     Args:
-        folder: The run's.
-        model: With the weights.
-        class_names: In the order of the logits; they go into the file's metadata.
+        folder: The run's folder.
+        model: The model with the best weights.
+        class_names: Class names in the order of the logits, for the file's metadata.
 
     Raises:
-        OSError: It cannot be written.
+        OSError: The file cannot be written.
     """
     names = dict(classes=json.dumps(class_names))  # one entry: of two, the order is of chance
     weights = {key: tensor.contiguous() for key, tensor in get_state_dict(model).items()}
@@ -128,18 +130,18 @@ def write_best(folder: Path, model: torch.nn.Module, class_names: list[str] | No
 
 
 class StepLog:
-    """Keeps `steps.csv` and TensorBoard's `steps`: a line for every so many steps.
+    """Keeps `steps.csv` and TensorBoard's `steps`, with one line every few steps.
 
-    Means over these steps of `loss`, and of `grad_norm` where it is finite; `images_per_second` and the share
-    `data_wait` of the time; `lr` and `loss_scale` of the last; `skipped` since the start of the run; `memory_gib`, the
-    peak of the GPU, or of this process on a CPU.
+    A line has means over these steps of `loss` and finite `grad_norm`; `images_per_second`; `data_wait`, the share of
+    time spent waiting for data; `lr` and `loss_scale` of the last step; steps `skipped` since the start of the run;
+    `memory_gib`, the peak of the GPU, or of this process on a CPU.
 
     Args:
-        folder: The run's.
-        first: Steps done; lines of later ones, which an interrupted run may have left, go.
-        images: Of a step.
-        every: So many steps.
-        wandb: A run of Weights & Biases that is told, too.
+        folder: The run's folder.
+        first: Steps done. Later lines, left by an interrupted run, are removed.
+        images: Images per step.
+        every: Steps per line.
+        wandb: A run of Weights & Biases that gets the same values.
     """
 
     COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"]
@@ -155,14 +157,14 @@ class StepLog:
         self.events = _events(folder / "tensorboard" / "steps", first + 1)
 
     def add(self, **numbers: float) -> None:
-        """Notes a step; writes a line if it is time.
+        """Adds a step, and writes a line if one is due.
 
         Args:
-            numbers: `step`, `epoch`, `loss`, `lr`, `grad_norm`, `loss_scale`, `skipped`, and of the step alone
-                `seconds` and `wait`, the part of them spent waiting for data.
+            numbers: `step`, `epoch`, `loss`, `lr`, `grad_norm`, `loss_scale`, `skipped`, and for this step alone
+                `seconds`, and `wait`, the seconds spent waiting for data.
 
         Raises:
-            OSError: It cannot be written.
+            OSError: The line cannot be written.
         """
         self.steps.append(numbers)
         if numbers["step"] % self.every:

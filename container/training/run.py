@@ -65,15 +65,15 @@ class _Stages(torch.nn.Module):
 
 
 def groups_by_stage(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Groups of parameters whose learning rate falls by a factor for each stage from the head down.
+    """Parameter groups whose learning rate falls by a factor per stage from the head down.
 
     Args:
-        model: timm's.
-        weight_decay: Of what has two dimensions or more, and the model does not exempt.
+        model: A timm model.
+        weight_decay: For parameters of two dimensions or more that the model does not exempt.
         layer_decay: The factor.
 
     Raises:
-        ValueError: The model does not say what its stages are.
+        ValueError: The model does not define its stages (`group_matcher`).
     """
     if not hasattr(model, "group_matcher"):
         raise ValueError(f"{type(model).__name__} does not say what its layers are: --layer-decay cannot be used")
@@ -88,20 +88,20 @@ def tell_unreadable(dataset: Any, fate: str) -> None:
 
 
 class Run:
-    """A training run: what it is made of, how far it has come, and what it leaves.
+    """A training run: its parts, its progress, and its files.
 
     The loop itself is `train_one_epoch`.
 
     Args:
-        args: The settings, as `train_imagenet.py` names them.
-        model: With the weights to start from.
-        task: Its loss, compiled and distributed.
-        train_set: Images to train on.
-        val_set: Images to validate on.
-        teacher: Whose logits are learned, if labels are not.
+        args: Settings, named as in `train_imagenet.py`.
+        model: The model, with its initial weights.
+        task: The model with its loss, compiled and distributed.
+        train_set: Training images.
+        val_set: Validation images.
+        teacher: Its logits are learned instead of labels, if given.
 
     Raises:
-        RuntimeError, ValueError: Data, model or settings do not fit each other.
+        RuntimeError, ValueError: Data, model and settings do not fit together.
     """
 
     def __init__(
@@ -202,10 +202,10 @@ class Run:
         )
 
     def open(self) -> bool:
-        """Makes the folder of the run, or goes on with the run in it.
+        """Creates the run's folder, or resumes the run in it.
 
         Returns:
-            Whether it goes on.
+            Whether the run is resumed.
 
         Raises:
             OSError: The folder cannot be written.
@@ -294,9 +294,9 @@ class Run:
             Validation top-1 of the last epoch, in percent.
 
         Raises:
-            FloatingPointError: Gradients are not finite, many times in a row, or weights are not.
+            FloatingPointError: Gradients were not finite many times in a row, or weights are not finite.
             OSError: The disk is full.
-            SystemExit: A process was told to stop, and the state is saved (`leave`).
+            SystemExit: A process was told to stop; the state is saved (`leave`).
         """
         args = self.args
         self.write_report()  # the interruption may have come before it
@@ -380,7 +380,7 @@ class Run:
         return self.mixup(images, targets) if self.mixup else (images, targets)
 
     def after_step(self, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
-        """What is due after a step. All act on what a step has brought one step later, when it is known.
+        """Does what is due after a step. All processes act on a step's values one step later, when they have arrived.
 
         Raises:
             FloatingPointError: See `heed`.
@@ -410,10 +410,10 @@ class Run:
                 self.save()
 
     def heed(self) -> None:
-        """Reads what the last step has brought, if that is not done yet.
+        """Reads the values of the last step, unless they were read before.
 
         Raises:
-            FloatingPointError: Its loss is not finite, or too many gradients in a row were not.
+            FloatingPointError: The loss is not finite, or too many gradients in a row were not.
         """
         if self.pending is None:
             return
@@ -439,14 +439,14 @@ class Run:
         return bool(any_of(torch.tensor(self.signal.received is not None), self.task.device))
 
     def save(self, wait: bool = False) -> None:
-        """Writes a checkpoint of this very step, in a thread.
+        """Writes a checkpoint of the current step in a thread.
 
         Args:
-            wait: Until it is on the disk; all processes do.
+            wait: Whether all processes wait until it is on disk.
 
         Raises:
             FloatingPointError: Weights are not finite.
-            OSError: The disk is full; of a thread, it is raised by the next call.
+            OSError: The disk is full. An error in the thread is raised by the next call.
         """
         self.heed()
         if self.rank == 0:
@@ -466,10 +466,10 @@ class Run:
             dist.barrier()  # a process that left now would have torchrun end the one that writes
 
     def leave(self) -> NoReturn:
-        """Saves, and ends the process, as it was told to.
+        """Saves, and ends the process as the signal asked.
 
         Raises:
-            SystemExit: 128 and the signal's number, as in a shell.
+            SystemExit: With 128 plus the signal's number, as in a shell.
         """
         self.stopped = True
         self.save(wait=True)
@@ -479,10 +479,10 @@ class Run:
         raise SystemExit(128 + (self.signal.received or signal.SIGTERM))
 
     def finish_epoch(self) -> str:
-        """Evaluates, keeps the best weights, writes the report; the checkpoint is older, and the same epoch's.
+        """Evaluates, keeps the best weights, and writes the report. The epoch's checkpoint has been saved before.
 
         Returns:
-            A line that says how it was.
+            A line with the result.
 
         Raises:
             StoppedError: A process was told to stop.

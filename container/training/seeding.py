@@ -32,14 +32,14 @@ def _seed_cpu(place: tuple[int, ...]) -> int:
 
 
 class SeededSampler(Sampler):
-    """Gives every sample of a sampler of timm or torch its own seed, and can begin in the middle of an epoch.
+    """Gives each sample of a timm or torch sampler its own seed, and can start in the middle of an epoch.
 
     Sample i of rank r has position i * world + r in the epoch. Positions, not processes or workers, seed the
-    augmentation: the same samples come out whatever their number.
+    augmentation, so the number of processes and workers does not change the samples.
 
     Args:
-        sampler: Whose indices to take; with `set_epoch`, for one rank of a group of processes.
-        seed: The run's.
+        sampler: Sampler of one rank of a process group, with `set_epoch`.
+        seed: The run's seed.
     """
 
     def __init__(self, sampler: Any, seed: int) -> None:
@@ -64,10 +64,10 @@ class SeededSampler(Sampler):
 
 
 class SeededDataset(Dataset):
-    """Reads and augments a sample under the seed of its place.
+    """Reads and augments each sample with the seed of its place.
 
     Args:
-        dataset: With integer indices.
+        dataset: A dataset with integer indices.
     """
 
     def __init__(self, dataset: Dataset) -> None:

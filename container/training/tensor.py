@@ -23,16 +23,16 @@ _ORIENTATION = 0x0112  # in EXIF
 
 
 def decode(file: BinaryIO) -> torch.Tensor:
-    """A picture as `container.images.to_rgb` makes it: (3, height, width), uint8, with channels last in memory.
+    """Decodes an image like `container.images.to_rgb`, to (3, height, width), uint8, channels last in memory.
 
-    torchvision decodes JPEG in colour or grey. What it would show differently (photos on their side, CMYK) or not at
-    all is Pillow's: all other formats, and damaged files, of which Pillow then says what is wrong.
+    torchvision decodes JPEG in colour or grey. Pillow decodes everything else: JPEG that torchvision would show
+    differently (EXIF orientation, CMYK), other formats, and damaged files, for its error message.
 
     Args:
-        file: Open for reading.
+        file: A file open for reading.
 
     Raises:
-        Exception: As Pillow and `to_rgb` have it for a file that they cannot read.
+        Exception: From Pillow or `to_rgb`, for a file that they cannot read.
     """
     content = file.read()
     image = Image.open(io.BytesIO(content))  # reads the head
@@ -47,10 +47,10 @@ def decode(file: BinaryIO) -> torch.Tensor:
 
 
 class _Crop:
-    """Crops a tensor to the box that timm draws, and resizes it.
+    """Crops a tensor to a box drawn by timm, and resizes it.
 
     Args:
-        crop: timm's, with its ranges of area and ratio, and its interpolation.
+        crop: timm's transform, with its ranges of area and ratio, and its interpolation.
     """
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
@@ -74,14 +74,14 @@ def _to_tensor(image: Image.Image) -> torch.Tensor:
 
 
 def tensor_transform(config: dict[str, Any], augmentation: dict[str, Any]) -> Compose:
-    """What `timm.data.create_transform` makes for training, for images of `decode`: the same draws, the same policy.
+    """timm's training transform for images of `decode`: the same random numbers, the same policy.
 
     Args:
         config: `input_size`, `interpolation`.
-        augmentation: More arguments of `timm.data.create_transform`.
+        augmentation: Further arguments of `timm.data.create_transform`.
 
     Raises:
-        ValueError: An interpolation other than bilinear and bicubic; torchvision has no decoder.
+        ValueError: The interpolation is not bilinear or bicubic, or torchvision was built without its decoder.
     """
     if not hasattr(torchvision.io, "decode_jpeg"):
         raise ValueError(f"torchvision {torchvision.__version__} decodes no JPEG: --loader pil")
@@ -108,10 +108,10 @@ _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "Tran
 
 
 def _move(image: Image.Image, amount: float, fillcolor: Any, resample: Any, name: str, op: Any) -> Image.Image:
-    """timm's shear or translation, twice as fast where it is bicubic.
+    """timm's shear or translation, twice as fast if bicubic.
 
-    Pillow weighs 16 pixels for each, also where it moves along rows or columns only, which takes 4. Of the time of
-    RandAugment m9-mstd0.5-inc1, these four of 15 operations were more than half.
+    Pillow weighs 16 pixels for each pixel, even if rows or columns alone move, for which 4 are enough. These four
+    operations of 15 took more than half of the time of RandAugment m9-mstd0.5-inc1.
     """
     if resample != Image.Resampling.BICUBIC:
         return op(image, amount, fillcolor=fillcolor, resample=resample)
@@ -126,14 +126,14 @@ def _move(image: Image.Image, amount: float, fillcolor: Any, resample: Any, name
 
 
 def _move_rows(image: Image.Image, shift: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
-    """Moves each row to the left, bicubic as Pillow's `transform` (which has -1 for the cubic's free number).
+    """Moves each row to the left, bicubically like Pillow's `transform` (whose free parameter is -1).
 
-    Rounding differs from Pillow's by 1, in less than one value of 300.
+    Less than one value in 300 differs from Pillow's, by 1.
 
     Args:
-        image: RGB.
-        shift: Pixels, of shape (height,).
-        fill: What comes in from outside.
+        image: An RGB image.
+        shift: Pixels to move each row by, (height,).
+        fill: Colour of what comes in from outside.
     """
     width, height = image.size
     whole = np.floor(shift)
