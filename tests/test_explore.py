@@ -357,6 +357,13 @@ def served(tmp_path_factory):
         yield found
 
 
+DROPPED = """bytes => {
+    const transfer = new DataTransfer();
+    transfer.items.add(new File([new Uint8Array(bytes)], "blue.png", {type: "image/png"}));
+    return transfer;
+}"""  # what a browser hands over with a file that is dropped
+
+
 class Visit:
     """A visitor, who sees what is on the page."""
 
@@ -524,6 +531,12 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     assert list((visit.log.parent / "tmp").rglob("*.png")) == []  # as soon as they have been read
     visit.until_changed(lambda: visit.page.get_by_role("button", name="Back to the first photo").click())
     assert "Link to this view" in visit.page.locator(".here").inner_text()
+    Image.new("RGB", (40, 50), (30, 30, 200)).save(tmp_path / "blue.png")
+    dropped = visit.page.evaluate_handle(DROPPED, list((tmp_path / "blue.png").read_bytes()))
+    visit.until_changed(
+        lambda: visit.page.dispatch_event("#upload button", "drop", dict(dataTransfer=dropped)), "#pane1 .classes"
+    )
+    assert "would need the photo" in visit.page.locator(".here").inner_text()
     assert visit.log.read_text().count("\n") == 1
 
 
