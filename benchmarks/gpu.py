@@ -21,8 +21,8 @@ from typing import Any, NamedTuple
 from .workers import descendants, kill
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("distill", "tests", "infer", "train", "latency", "roofline", "cifar")
-NEEDS = dict(distill="needs --photos and --teacher", cifar="needs --data")
+STEPS = ("distill", "tests", "infer", "train", "latency", "roofline", "transfer", "cifar")
+NEEDS = dict(distill="needs --photos and --teacher", transfer="needs --transfer", cifar="needs --data")
 STUDENTS = ("container_light=1e-3", "container_light_tiny=1.2e-3", "container_light_nano=2e-3", "container_nano=2e-3")
 PROJECT = "container-timm"
 OURS = ("container_light", "container_light_mlp4", "container")
@@ -53,6 +53,7 @@ def plan(
     names: Sequence[str] = STEPS,
     photos: Sequence[str] = (),
     teacher: str | None = None,
+    transfer: str | None = None,
 ) -> list[Step]:
     """Steps of those names, in order of worth.
 
@@ -65,6 +66,7 @@ def plan(
         names: Which.
         photos: Folders to learn from.
         teacher: Weights of EfficientNet-Lite2 in timm's layout.
+        transfer: Folder of data to fine-tune on.
     """
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
@@ -117,6 +119,8 @@ def plan(
         distill = [*STUDENTS[2:], *distill, "--batch-size", 16, "--seconds", 20]
     else:
         distill = [*STUDENTS, *distill, "--seconds", "{left}"]
+    tuned: list[object] = ["--data-dir", transfer, "--seconds", "{left}", "--out", out]
+    tuned += ["--rehearse", "--device", "cpu", "--jobs", 2, "--only", "cifar10-*"] if rehearse else ["--device", "cuda"]
     commands = dict(
         distill=[command("benchmarks.distill", *distill)] if photos and teacher else [],
         tests=[command("pytest", *pytest)],
@@ -133,11 +137,13 @@ def plan(
             measured("parts", 256, *parts, "--name", "parts-infer"),
             measured("parts", 128, *parts, "--backward", "--name", "parts-train"),
         ],
+        transfer=[command("benchmarks.transfer", *tuned)] if transfer else [],
         cifar=[measured("cifar", 256, *cifar)] if data else [],
     )
     # Seconds of an H100 with 16 cores, of which compilers take the most; the last step takes what is left.
     share = dict(distill=480 if photos and teacher else 0, tests=110, infer=115, train=150, latency=50, roofline=55)
-    least = dict(distill=60, tests=60, infer=60, train=60, latency=30, roofline=25, cifar=45)
+    share["transfer"] = 420 if transfer else 0
+    least = dict(distill=60, tests=60, infer=60, train=60, latency=30, roofline=25, transfer=60, cifar=45)
     scale = seconds / max(1, sum(share.get(name, 0) for name in names))
     return [
         Step(name, scale * share.get(name, seconds / scale), min(1.0, scale) * least[name], commands[name])
@@ -332,18 +338,20 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--data", metavar="DIR", help="CIFAR-10: DIR/{train,test}/CLASS/*")
     parser.add_argument("--photos", nargs="+", default=[], metavar="DIR", help="photos for distill: DIR/{train,val}/**")
     parser.add_argument("--teacher", metavar="FILE", help="EfficientNet-Lite2, by examples/efficientnet_lite.py")
+    parser.add_argument("--transfer", metavar="DIR", help="data to fine-tune on, as of benchmarks/transfer.py")
     parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # where paths begin
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} are none")
     origin = Path(args.origin).resolve()
-    released, data, teacher = (
-        None if path is None else str(origin / path) for path in (args.released, args.data, args.teacher)
+    released, data, teacher, transfer = (
+        None if path is None else str(origin / path) for path in (args.released, args.data, args.teacher, args.transfer)
     )
     photos = [str(origin / path) for path in args.photos]
     out = origin / args.out
     out.mkdir(parents=True, exist_ok=True)
-    found = check(args.rehearse, {"--released": released, "--data": data, "--teacher": teacher}, photos)
+    files = {"--released": released, "--data": data, "--teacher": teacher, "--transfer": transfer}
+    found = check(args.rehearse, files, photos)
     (out / "check.json").write_text(json.dumps(found, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in found.items() if key != "missing"), flush=True)
     if found["missing"]:
@@ -354,6 +362,9 @@ def main(argv: list[str] | None = None) -> None:
     if args.rehearse and not photos and data is not None:
         photos, teacher = [data], str(out / "teacher.pth")
         make_teacher(Path(teacher))
+    if args.rehearse and transfer is None:
+        transfer = str(out / "transfer")
+        make_images(Path(transfer) / "cifar10")
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
@@ -365,7 +376,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: who loses its parent becomes ours, to be killed
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     seconds = 60 * args.minutes - (time.monotonic() - start)
-    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), photos, teacher)
+    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), photos, teacher, transfer)
     records = run(steps, out, seconds, environment)
     print(f"\n== after {time.monotonic() - start:.0f} s")
     for name, record in sorted(records.items(), key=lambda item: STEPS.index(item[0])):

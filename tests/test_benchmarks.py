@@ -20,7 +20,8 @@ from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
-from benchmarks import cifar, distill, gpu, measure, memory, parts, roofline, speed
+import train_imagenet
+from benchmarks import cifar, distill, gpu, measure, memory, parts, roofline, speed, transfer
 from benchmarks.workers import Worker, descendants, end, first_answers
 from container import weights
 
@@ -539,6 +540,54 @@ def test_cifar_measures_its_speed_and_forgets_it(images, tmp_path):
     assert one[0]["train_loss"] == pytest.approx(other[0]["train_loss"], rel=1e-5)
 
 
+# ------------------------------------------------------------------------------------------- fine-tuning side by side
+
+
+def test_runs_for_the_data_there_are(tmp_path):
+    """A run for each model and weights, three seeds where results are compared; their flags are known."""
+    assert list(transfer.jobs(tmp_path, tmp_path, "cuda")) == []
+    for name in ("cifar10", "trashnet", "bccd", "photos"):
+        (tmp_path / name).mkdir()
+    (tmp_path / "tf_efficientnet_lite0.in1k.safetensors").touch()
+    found = {job.name: job for job in transfer.jobs(tmp_path, tmp_path / "runs", "cuda")}
+    assert len(found) == 2 + 8 + 3 * (6 + 8)
+    command = found["trashnet-tf_efficientnet_lite0.in1k-2"].command
+    assert train_imagenet.parse_args(command[2:]).checkpoint == str(tmp_path / "tf_efficientnet_lite0.in1k.safetensors")
+    args = train_imagenet.parse_args(found["cifar10-container_nano.lite2_dist-0"].command[2:])
+    assert (args.model, args.pretrained, args.epochs, args.seed) == ("container_nano.lite2_dist", True, 2, 0)
+    assert found["bccd-yolov8n-container_light_nano-pretrained-1"].command[-2:] == ("--device", "0")
+
+
+def test_runs_leave_what_they_have(tmp_path):
+    """Done, failed, stopped while it goes on, or not begun when the time is over: each is said, results are kept."""
+    write = "import pathlib, sys, time; print('at work', flush=True); pathlib.Path(sys.argv[1]).write_text('[1]'); "
+    codes = dict(done="", failed="raise SystemExit('no data')", stopped="time.sleep(99)", later="time.sleep(99)")
+    todo = [
+        transfer.Job(name, (sys.executable, "-c", write + code, str(tmp_path / name)), tmp_path / name)
+        for name, code in codes.items()
+    ]
+    record = dict(device="cpu", runs={})
+    transfer.run(todo[:3], 2, 6, tmp_path, record)
+    runs = json.loads((tmp_path / "transfer.json").read_text())["runs"]
+    assert {name: (one["outcome"], one["said"], one["result"]) for name, one in runs.items()} == dict(
+        done=("done", "at work", [1]), failed=("failed", "no data", [1]), stopped=("stopped", "at work", [1])
+    )
+    transfer.run(todo[2:], 1, 0.5, tmp_path, record)
+    assert json.loads((tmp_path / "transfer.json").read_text())["not_begun"] == ["later"]
+
+
+@pytest.mark.slow
+def test_fine_tuning_in_a_rehearsal(images, tmp_path):
+    (tmp_path / "data").mkdir()
+    images.rename(tmp_path / "data" / "cifar10")
+    words = ["--data-dir", tmp_path / "data", "--rehearse", "--device", "cpu", "--only", "cifar10-*"]
+    command("transfer", *words, "--out", tmp_path)
+    runs = json.loads((tmp_path / "transfer.json").read_text())["runs"]
+    assert list(runs) == ["cifar10-container_light_nano.lite2_dist-0"]
+    assert runs["cifar10-container_light_nano.lite2_dist-0"]["result"]["best"]["top1"] >= 50
+    assert "has no data for bccd-*" in refused(transfer, *words[:-1], "bccd-*", "--out", tmp_path)
+
+
 # --------------------------------------------------------------------------------------- a quarter of an hour on a GPU
 
 
@@ -717,7 +766,7 @@ def test_a_second_call_goes_on(tmp_path):
         tmp_path, {name: dict(outcome="done") for name in ("infer", "train")} | dict(tests=dict(outcome="killed"))
     )
     left = gpu.left_to_do(tmp_path, None)
-    assert left == ["distill", "tests", "latency", "roofline", "cifar"]
+    assert left == ["distill", "tests", "latency", "roofline", "transfer", "cifar"]
     assert gpu.left_to_do(tmp_path, ["infer", "tests"]) == ["tests", "infer"]
     plan = gpu.plan(tmp_path, 240, False, None, "cifar10", left)
     assert [step.name for step in plan] == left
@@ -727,7 +776,9 @@ def test_a_second_call_goes_on(tmp_path):
 
 def test_every_entry_of_the_plan_is_known(tmp_path):
     """What the rehearsal replaces by smaller models is read here as the GPU will read it."""
-    plan = gpu.plan(tmp_path, 480, False, "models.py", "cifar10", photos=["a", "b"], teacher="teacher.pth")
+    plan = gpu.plan(
+        tmp_path, 480, False, "models.py", "cifar10", photos=["a", "b"], teacher="teacher.pth", transfer="d"
+    )
     assert [step.name for step in plan] == list(gpu.STEPS)
     entries = set()
     for words in (words for step in plan for words in step.commands):
@@ -746,6 +797,7 @@ def test_without_data_or_the_release_the_plan_says_so(tmp_path):
     found = gpu.run([plan[0], plan[-1]], tmp_path, 60, dict(os.environ))
     assert found["cifar"] == dict(outcome="left out", seconds=0, said="needs --data")
     assert found["distill"] == dict(outcome="left out", seconds=0, said="needs --photos and --teacher")
+    assert [step.commands for step in plan if step.name == "transfer"] == [[]]
     assert sum(step.seconds for step in plan[:-1]) == pytest.approx(480)
 
 
