@@ -4,8 +4,9 @@ python -m benchmarks.transfer --data-dir DATA --seconds 420 --out OUT
 
 DATA holds any of `cifar10`, `trashnet` and `bccd`, laid out as train_imagenet.py and the examples read them, and
 `photos`, a folder with train/CLASS and val/CLASS for DINO at 64 pixels. It may also hold weights, MODEL.safetensors or
-MODEL.TAG.safetensors, which are fine-tuned as well. `transfer.json` is rewritten whenever a run ends, with its result
-and the last line that it printed; a run that is stopped leaves what it has measured so far.
+MODEL.TAG.safetensors, which are fine-tuned as well. DINO needs lightly, and `bccd` Ultralytics. `transfer.json` is
+rewritten whenever a run ends, with its result and the last line that it printed; a run that is stopped leaves what it
+has measured so far.
 """
 
 import argparse
