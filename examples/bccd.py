@@ -14,12 +14,12 @@ CLASSES = ("RBC", "WBC", "Platelets")
 
 
 class Cells(Dataset):
-    """Photos with their boxes, as torchvision's detectors want them.
+    """Photos and boxes in the format of torchvision's detectors.
 
     Args:
-        folder: With JPEGImages, Annotations (Pascal VOC) and ImageSets.
-        split: A list in ImageSets/Main: train, val, trainval, test.
-        augment: Whether to mirror photos at random, both ways.
+        folder: Folder with JPEGImages, Annotations (Pascal VOC) and ImageSets.
+        split: Name of a list in ImageSets/Main: train, val, trainval or test.
+        augment: Whether to flip photos at random, horizontally and vertically.
     """
 
     def __init__(self, folder: str | Path, split: str, augment: bool = False) -> None:

@@ -23,19 +23,19 @@ LEVELS = [1, 2, 3]  # strides 8, 16 and 32
 class DeformableDetr(nn.Module):
     """Losses for images and targets in training, boxes for images in evaluation.
 
-    Boxes are refined layer by layer, and the first guesses come from the encoder ("two stages"): both shorten a
-    training that is long for DETRs. Every layer has a loss of its own, and so have the first guesses, for which
-    transformers has none. transformers freezes the backbone's batch norms, so start from weights.
+    Boxes are refined layer by layer, and the first proposals come from the encoder ("two stages"). Both shorten
+    training, which is long for DETRs. Every layer has a loss. So have the proposals, for which transformers has none.
+    transformers freezes the backbone's batch norms, so start from pretrained weights.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159).
 
     Args:
-        backbone: timm's name of a model with features.
-        num_classes: Classes of things.
-        size: Side of the shorter edge to which images are resized, in pixels.
-        pretrained: Start from the backbone's weights.
+        backbone: timm name of a model that supports `features_only`.
+        num_classes: Number of object classes.
+        size: Images are resized to this short side, in pixels.
+        pretrained: Start from the backbone's pretrained weights.
         channels: Width of the transformer.
-        queries: Boxes an image, at most.
+        queries: Maximum number of boxes per image.
 
     Raises:
         SystemExit: `channels` is not a multiple of 32, the groups of its norms.
@@ -83,8 +83,8 @@ class DeformableDetr(nn.Module):
         """(3, H, W) images in 0 to 1; boxes in their pixels, left, top, right, bottom.
 
         Returns:
-            With targets two weighted losses, of all layers' boxes and of the first guesses; else of each image boxes,
-            scores and labels.
+            With targets, two weighted losses: of all layers' boxes and of the proposals. Without, boxes, scores and
+            labels of each image.
         """
         resized = [normalize(resize(i, [self.size]), self.data["mean"], self.data["std"]) for i in images]
         height, width = (max(i.shape[dim] for i in resized) for dim in (1, 2))

@@ -40,12 +40,12 @@ def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str, a
     """Trains a detector whose losses are what it returns for images and targets.
 
     Args:
-        model: On the device.
-        loader: Of `batches`.
-        epochs: Over the data; in the first one the rate rises.
-        lr: The highest rate.
-        device: Where.
-        amp: Whether in bfloat16.
+        model: The detector, on the device.
+        loader: From `batches`.
+        epochs: Number of epochs; the learning rate rises in the first.
+        lr: Peak learning rate.
+        device: Device to train on.
+        amp: Whether to use bfloat16.
     """
     optimizer = create_optimizer_v2(model, "adamw", lr=lr, weight_decay=0.05)
     steps = epochs * len(loader)

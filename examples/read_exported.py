@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Names what is in a photo by an exported file alone: NumPy, Pillow and ONNX Runtime or OpenVINO, and no PyTorch.
+"""Classifies a photo with an exported file: NumPy, Pillow and ONNX Runtime or OpenVINO, without PyTorch.
 
     container export container_light_nano model.onnx --format onnx
     python examples/read_exported.py model.onnx PHOTO
 
-The file says how photos are prepared, and what its classes are called.
+Preprocessing and class names are read from the file.
 """
 
 import argparse

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Trains FPN or UPerNet of segmentation-models-pytorch on a CONTAINER-LIGHT, or any timm backbone, to name each pixel.
+"""Trains segmentation-models-pytorch's FPN or UPerNet with a CONTAINER-LIGHT, or any timm backbone.
 
     python examples/segment.py --data-dir DIR --classes 21 [--decoder UPerNet] [--pretrained]
     python examples/segment.py --data-dir dsb2018 --masks instances --foreground      # nuclei against background
 
-The folder has {train,val}/images/ID.SUFFIX and {train,val}/masks/ID.png, in which a pixel is the number of its class,
-and 255 counts for nothing. Training sees random crops, mirrored; the mean IoU is that of whole images held out.
+The folder has {train,val}/images/ID.SUFFIX and {train,val}/masks/ID.png. A mask's pixel is the index of its class, and
+255 is ignored. Training uses random crops and flips. The mean IoU is measured on whole held-out images.
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
@@ -40,14 +40,14 @@ MULTIPLE = 32  # of sides, which its decoders want
 
 
 class Masks(Dataset):
-    """Images and the class of each of their pixels.
+    """Images and the class of each pixel.
 
     Args:
-        folder: With `images`, and a folder of masks of the same names.
-        masks: That folder's name.
-        classes: How many there are.
-        foreground: Whether every number but 0 is class 1.
-        crop: Side of a random crop, which is mirrored too; 0 for the whole image.
+        folder: Folder with `images`, and a folder of masks with the same names.
+        masks: Name of the masks' folder.
+        classes: Number of classes.
+        foreground: Whether all values except 0 are class 1.
+        crop: Side of a random crop, which is also flipped; 0 for the whole image.
     """
 
     def __init__(self, folder: Path, masks: str, classes: int, foreground: bool, crop: int = 0) -> None:
@@ -85,14 +85,14 @@ class Masks(Dataset):
 
 
 class Segmenter(nn.Module):
-    """A network of segmentation-models-pytorch that takes lists as torchvision's detectors do.
+    """A segmentation-models-pytorch network that takes lists, like torchvision's detectors.
 
     Args:
         decoder: `FPN` or `UPerNet`.
-        backbone: A timm model, with the tag of its weights or without.
-        pretrained: Whether to load these.
-        classes: How many.
-        channels: Of the decoder.
+        backbone: timm name, with or without the tag of its weights.
+        pretrained: Whether to load these weights.
+        classes: Number of classes.
+        channels: Width of the decoder.
     """
 
     def __init__(self, decoder: str, backbone: str, pretrained: bool, classes: int, channels: int) -> None:

@@ -5,8 +5,8 @@
     python examples/segment_nuclei.py --data-dir dsb2018 --pretrained      # from the backbone's own
     python examples/segment_nuclei.py --data-dir dsb2018 --backbone resnet18
 
-The folder is the Data Science Bowl 2018's stage 1 (CC0): {train,val}/images/ID.png, and instances/ID.png of 16 bits, in
-which pixels of nucleus k are k, and 0 the background. Training sees random crops, enlarged twice, as the photos are.
+The folder is the Data Science Bowl 2018's stage 1 (CC0): {train,val}/images/ID.png and 16-bit instances/ID.png, where
+nucleus k has the value k and the background 0. Photos are enlarged twice; training uses random crops of them.
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
@@ -43,8 +43,8 @@ class Nuclei(Dataset):
     """Images with a mask, and the box around it, for each nucleus.
 
     Args:
-        folder: With `images` and `instances`.
-        crop: Side of a random crop, which is mirrored and turned at random too; 0 for the whole image.
+        folder: Folder with `images` and `instances`.
+        crop: Side of a random crop, which is also flipped and rotated at random; 0 for the whole image.
     """
 
     def __init__(self, folder: Path, crop: int = 0) -> None:
