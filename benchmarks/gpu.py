@@ -73,7 +73,8 @@ def plan(
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
     train = [f"{name}:amp+channels_last" for name in (*OURS, *PEERS)]
     # Whole training steps are not compiled in a minute, but their blocks one by one are; a graph then launches all.
-    compiled_train = [f"{name}:amp+channels_last+blocks{graph}" for name in (OURS[0], PEERS[0])]
+    whole = "+blocks" if rehearse else f"+blocks{graph}"  # there are no graphs on a CPU
+    compiled_train = [f"{name}:amp+channels_last{whole}" for name in (OURS[0], PEERS[0])]
     latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
     infer += [f"{ours[0]}+max-autotune"]  # what compilers can do at most
     train += [f"{OURS[0]}:amp+channels_last+linear"]
@@ -81,7 +82,7 @@ def plan(
     if released:
         infer += ["released:amp", "released:amp+channels_last+compile"]
         train += ["released:amp"]
-        compiled_train += ["released:amp+channels_last+blocks+graph"]
+        compiled_train += [f"released:amp+channels_last{whole}"]
         latency += ["released:amp"]
 
     def small(entries: list[str]) -> list[str]:

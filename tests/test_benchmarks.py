@@ -791,6 +791,12 @@ def test_every_entry_of_the_plan_is_known(tmp_path):
     assert max(step.least for step in plan) <= 60 and sum(step.seconds for step in plan[:-1]) <= 480 + 1e-6
 
 
+def test_every_command_of_a_rehearsal_has_something_to_measure(tmp_path):
+    plan = gpu.plan(tmp_path, 480, True, None, "cifar10", photos=["a"], teacher="teacher.pth", transfer="data")
+    measured = [words[3] for step in plan for words in step.commands if words[2] == "benchmarks.speed"]
+    assert len(measured) == 4 and all(word.partition(":")[2] for word in measured)
+
+
 def test_without_data_or_the_release_the_plan_says_so(tmp_path):
     plan = gpu.plan(tmp_path, 480, False, None, None)
     assert not any("released" in word for step in plan for words in step.commands for word in words)
