@@ -30,6 +30,7 @@ RANDOM = ("container_light_nano", "container_nano", "resnet18", "pvt_v2_b0", "mo
 PUBLISHED = ("container_light_nano.lite2_dist", "container_nano.lite2_dist")
 DETECTORS = ("yolov8n", "yolov8n-context", "yolov8n-container_light_nano", "yolo11n", "yolo11n-context")
 SEEDS = (0, 1, 2)
+EDGES = 15.0  # seconds for imports, and to stop what still runs and keep what it has
 
 
 class Job(NamedTuple):
@@ -189,7 +190,7 @@ def main(argv: list[str] | None = None) -> None:
         if not todo:
             raise SystemExit(f"benchmarks: {data} has no data for {' '.join(args.only)}")
         record: dict[str, Any] = dict(environment=measure.environment(device), device=device.type, runs={})
-        run(todo, args.jobs, args.seconds, Path(args.out), record)
+        run(todo, args.jobs, max(1.0, args.seconds - EDGES), Path(args.out), record)
     outcomes = [entry["outcome"] for entry in record["runs"].values()]
     print(f"{outcomes.count('done')} of {len(todo)} runs done")
     if outcomes.count("done") < len(todo):
