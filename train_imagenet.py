@@ -81,18 +81,24 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
-    run.add_argument("--recipe", help="settings: a name in container/training/recipes/, or a file *.yaml")
-    run.add_argument("--output", default="output", help="new folder for all that a run leaves (-1, -2, ... if taken)")
+    run.add_argument("--recipe", help="settings: the name of one in container/training/recipes/, or a YAML file")
+    run.add_argument(
+        "--output", default="output", help="new folder for everything the run writes (-1, -2, ... if it exists)"
+    )
     run.add_argument(
         "--resume",
         choices=("auto", "force"),
-        help="go on with the run in --output, if there is one; with other settings",
+        help="continue the run in --output if there is one; force: even with different settings",
     )
-    run.add_argument("--save-minutes", type=float, default=10.0, help="checkpoint as often, besides every epoch")
-    run.add_argument("--save-steps", type=int, default=0, help="the same in steps")
-    run.add_argument("--wandb", metavar="PROJECT", help="log to Weights & Biases, too")
-    run.add_argument("--log-steps", type=int, default=50, help="a line in steps.csv for so many steps")
-    run.add_argument("--eval", action="store_true", help="evaluate --checkpoint or --pretrained weights, and stop")
+    run.add_argument(
+        "--save-minutes", type=float, default=10.0, help="minutes between checkpoints, besides one every epoch"
+    )
+    run.add_argument("--save-steps", type=int, default=0, help="steps between checkpoints, 0 for none")
+    run.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
+    run.add_argument("--log-steps", type=int, default=50, help="steps between lines in steps.csv")
+    run.add_argument(
+        "--eval", action="store_true", help="evaluate the weights of --checkpoint or --pretrained, and exit"
+    )
     run.add_argument(
         "--dry-run",
         nargs="?",
@@ -100,100 +106,122 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         const=1,
         default=0,
         metavar="PROCESSES",
-        help="print what the run would cost with so many processes, on any --device, and stop",
+        help="print what the run would cost with this many processes, on any --device, and exit",
     )
-    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="where to train")
-    run.add_argument("--seed", type=int, default=0, help="of weights, shuffling and augmentation")
-    run.add_argument("--epochs", type=int, help="passes over as many images as there are")
-    run.add_argument("--batch-size", type=int, help="images per pass and process")
-    run.add_argument("--grad-accum", type=int, help="passes per step")
+    run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on")
+    run.add_argument("--seed", type=int, default=0, help="seed for weights, shuffling and augmentation")
+    run.add_argument("--epochs", type=int, help="number of epochs")
+    run.add_argument("--batch-size", type=int, help="images per process and forward pass")
+    run.add_argument("--grad-accum", type=int, help="forward passes per optimizer step")
     run.add_argument(
-        "--amp", choices=("none", *HALF), help="16-bit type to compute in, with 32-bit weights; recipes set it for GPUs"
+        "--amp", choices=("none", *HALF), help="16-bit type for mixed precision; recipes set one for GPUs only"
     )
-    run.add_argument("--channels-last", action=switch, help="memory layout NHWC")
+    run.add_argument("--channels-last", action=switch, help="use the NHWC memory layout")
     run.add_argument(
-        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile the training; none: do not"
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="use torch.compile; none turns it off"
     )
     data = parser.add_argument_group("data")
     data.add_argument(
         "--data-dir",
         nargs="+",
         metavar="DIR",
-        help="folder with train/CLASS/* and val/CLASS/*; without data, scikit-learn's digits; for --distill 1 several",
+        help="folder with train/CLASS/* and val/CLASS/*; several for --distill 1; default: scikit-learn's digits",
     )
-    data.add_argument("--exclude", metavar="PATTERN", help="of names of photos that --distill 1 leaves out")
-    data.add_argument("--dataset", default="", help="torch/cifar10, torch/cifar100, hfds/NAME or wds/, instead")
-    data.add_argument("--train-split", default="train", help="of Hugging Face data or WebDataset shards")
-    data.add_argument("--val-split", default="validation", help="of the same")
-    data.add_argument("--num-classes", type=int, help="as many as there must be; WebDataset needs it")
-    data.add_argument("--real-labels", help="JSON of ImageNet-ReaL: --eval scores by it, too")
-    data.add_argument("--img-size", type=int, help="side of the images, if not the model's own")
+    data.add_argument("--exclude", metavar="PATTERN", help="file names that --distill 1 leaves out")
     data.add_argument(
-        "--crop-pct", type=float, help="share of an image's side that evaluation sees, if not the model's"
+        "--dataset", default="", help="torch/cifar10, torch/cifar100, hfds/NAME or wds/ instead of folders"
     )
-    data.add_argument("--start-size", type=int, help="side in the first epoch, from where it grows to the last")
+    data.add_argument(
+        "--train-split", default="train", help="training split of Hugging Face data, or WebDataset shards"
+    )
+    data.add_argument("--val-split", default="validation", help="the same for validation")
+    data.add_argument("--num-classes", type=int, help="expected number of classes; required for WebDataset")
+    data.add_argument("--real-labels", help="ImageNet-ReaL's JSON: --eval also reports accuracy on its labels")
+    data.add_argument("--img-size", type=int, help="image size; default: the model's")
+    data.add_argument(
+        "--crop-pct", type=float, help="centre crop in evaluation, as a share of the side; default: the model's"
+    )
+    data.add_argument(
+        "--start-size", type=int, help="image size in the first epoch, growing to the full size by the last"
+    )
     data.add_argument(
         "--workers",
         type=int,
         default=default_workers(),
-        help="loaders of data per process; by default one for each core that the process may use, if it shares them "
-        "with the others here, less one to train on; 16 at most, as each takes memory for batches and a list of files",
+        help="data loading workers per process; default: the process's share of the cores less one, at most 16",
     )
     data.add_argument(
         "--loader",
         choices=("pil", "tensor"),
         default="pil",
-        help="what decodes and crops training images: Pillow, or torchvision, with less time an image",
+        help="library that decodes and crops training images: Pillow, or torchvision, which is faster",
     )
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="a timm model name")
-    model.add_argument("--pretrained", action="store_true", help="start from the model's pretrained weights")
+    model.add_argument("--pretrained", action="store_true", help="start from the model's pre-trained weights")
     model.add_argument("--checkpoint", help="start from the weights in this file")
-    model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more arguments: KEY=VALUE")
-    model.add_argument("--drop-path", type=float, help="stochastic depth of the last block")
-    model.add_argument("--grad-checkpointing", action=switch, help="compute activations twice, and keep few")
-    model.add_argument("--freeze", action=switch, help="train the classifier alone")
-    model.add_argument("--ema-decay", type=float, help="decay per step of averaged weights, kept and evaluated as well")
-    model.add_argument("--ema-warmup", action=switch, help="let that decay rise in the first steps")
-    model.add_argument("--best", choices=("model", "ema"), help="whose accuracy says which weights are the best")
-    model.add_argument("--teacher", help="a timm model to learn from as well")
-    model.add_argument("--teacher-checkpoint", help="its weights, if not its pretrained ones")
+    model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more model arguments, as KEY=VALUE")
+    model.add_argument("--drop-path", type=float, help="stochastic depth rate of the last block")
     model.add_argument(
-        "--distill", type=float, default=0.5, help="share of the teacher in the loss; with 1, labels are not read"
+        "--grad-checkpointing", action=switch, help="recompute activations in the backward pass to save memory"
     )
-    model.add_argument("--teacher-size", type=int, help="side of the teacher's images, if not the model's")
-    model.add_argument("--temperature", type=float, default=1.0, help="of both in the teacher's part of the loss")
+    model.add_argument("--freeze", action=switch, help="train only the classifier")
     model.add_argument(
-        "--view-epochs", type=int, default=0, help="let views repeat after so many epochs; the teacher sees each once"
+        "--ema-decay", type=float, help="decay per step of an average of the weights, evaluated as well; 0 for none"
     )
-    model.add_argument("--view-dir", help="where these views and the teacher's logits are kept, if not in --output")
+    model.add_argument("--ema-warmup", action=switch, help="start with a smaller decay")
+    model.add_argument("--best", choices=("model", "ema"), help="which weights to keep as the best: raw or averaged")
+    model.add_argument("--teacher", help="a timm model to distil from")
+    model.add_argument("--teacher-checkpoint", help="the teacher's weights; default: its pre-trained ones")
+    model.add_argument(
+        "--distill", type=float, default=0.5, help="weight of the teacher in the loss; with 1, labels are not read"
+    )
+    model.add_argument("--teacher-size", type=int, help="image size for the teacher; default: the model's")
+    model.add_argument(
+        "--temperature", type=float, default=1.0, help="softmax temperature in the teacher's part of the loss"
+    )
+    model.add_argument(
+        "--view-epochs",
+        type=int,
+        default=0,
+        help="repeat the same views after this many epochs, so that the teacher runs once for each",
+    )
+    model.add_argument("--view-dir", help="folder for these views and the teacher's logits; default: in --output")
     optim = parser.add_argument_group("optimization (cosine)")
-    optim.add_argument("--opt", help="an optimizer of timm's")
-    optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more of its arguments: KEY=VALUE")
-    optim.add_argument("--lr-base", type=float, help="learning rate for 512 images in a step, scaled linearly")
+    optim.add_argument("--opt", help="a timm optimizer")
+    optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more optimizer arguments, as KEY=VALUE")
+    optim.add_argument("--lr-base", type=float, help="learning rate for 512 images per step, scaled linearly")
     optim.add_argument(
-        "--layer-decay", type=float, help="factor on the learning rate for each stage from the head down"
+        "--layer-decay", type=float, help="factor by which the learning rate falls with each stage below the head"
     )
-    optim.add_argument("--weight-decay", type=float, help="of what has two dimensions or more")
-    optim.add_argument("--warmup-epochs", type=int, help="epochs of rising learning rate")
-    optim.add_argument("--warmup-lr", type=float, help="learning rate of the first step")
-    optim.add_argument("--min-lr", type=float, help="learning rate of the last step")
-    optim.add_argument("--sched-on-updates", action=switch, help="new rate every step, not epoch")
-    optim.add_argument("--sched-lag", type=int, default=0, help="epochs by which the rate is behind its schedule")
-    optim.add_argument("--clip-grad", type=float, help="largest norm of the gradient")
-    optim.add_argument("--loss", choices=("ce", "bce"), default="ce", help="cross-entropy, or binary for each class")
+    optim.add_argument("--weight-decay", type=float, help="weight decay, of parameters with two or more dimensions")
+    optim.add_argument("--warmup-epochs", type=int, help="epochs of learning rate warm-up")
+    optim.add_argument("--warmup-lr", type=float, help="learning rate at the first step")
+    optim.add_argument("--min-lr", type=float, help="learning rate at the last step")
+    optim.add_argument(
+        "--sched-on-updates", action=switch, help="update the learning rate every step instead of every epoch"
+    )
+    optim.add_argument(
+        "--sched-lag", type=int, default=0, help="epochs by which the learning rate lags behind its schedule"
+    )
+    optim.add_argument("--clip-grad", type=float, help="maximum gradient norm")
+    optim.add_argument(
+        "--loss", choices=("ce", "bce"), default="ce", help="cross-entropy, or binary cross-entropy per class"
+    )
     optim.add_argument("--smoothing", type=float, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--scale", type=float, nargs=2, help="area of a random crop")
-    augment.add_argument("--train-interpolation", help="bilinear, bicubic or random, if not the model's")
-    augment.add_argument("--hflip", type=float, help="probability of a mirror image")
-    augment.add_argument("--aa", help="auto-augment policy of timm, '' for none")
-    augment.add_argument("--color-jitter", type=float, help="of brightness, contrast, saturation; without a policy")
-    augment.add_argument("--aug-repeats", type=int, help="augmented copies of an image in one epoch, 0 for one of each")
+    augment.add_argument("--scale", type=float, nargs=2, help="smallest and largest area of a random crop")
+    augment.add_argument("--train-interpolation", help="bilinear, bicubic or random; default: the model's")
+    augment.add_argument("--hflip", type=float, help="probability of a horizontal flip")
+    augment.add_argument("--aa", help="timm's auto-augment policy, '' for none")
+    augment.add_argument(
+        "--color-jitter", type=float, help="strength of colour jitter, used without an auto-augment policy"
+    )
+    augment.add_argument("--aug-repeats", type=int, help="augmented copies of each image in an epoch, 0 for no repeats")
     augment.add_argument("--reprob", type=float, help="probability of random erasing")
     augment.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none")
     augment.add_argument("--cutmix", type=float, help="alpha of cutmix, 0 for none")
-    augment.add_argument("--mixup-off-epoch", type=int, help="epochs after which images are not mixed any more")
+    augment.add_argument("--mixup-off-epoch", type=int, help="epoch after which mixup and cutmix stop")
 
     given = parser.parse_args(argv)
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")

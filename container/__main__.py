@@ -1,26 +1,26 @@
 """The `container` command, also `python -m container`.
 
 Models
-  container list                                  the family
-  container predict [PHOTO ...] --model NAME      the five most likely classes of photos
-  container explore [PHOTO] [--model NAME]        a page: click a token and see what it reads
-  container figures PHOTO --model NAME --out DIR  the same as pictures
-  container probe DIR --model NAME                k-NN and linear classification by frozen features
-  container export NAME OUT --format FORMAT       a file for ONNX Runtime, OpenVINO or another runtime
+  container list                                  list the models
+  container predict [PHOTO ...] --model NAME      classify photos: the five most likely classes
+  container explore [PHOTO] [--model NAME]        click a token in a browser to see what it reads
+  container figures PHOTO --model NAME --out DIR  save pictures of what tokens read
+  container probe DIR --model NAME                evaluate frozen features by k-NN and a linear classifier
+  container export NAME OUT --format FORMAT       convert to ONNX, OpenVINO, ExecuTorch and others
 
 Programs
-  container train [ARGUMENT ...]                  train a model; the same as train_imagenet.py
-  container run SCRIPT | -m MODULE | COMMAND      any program, to which timm then knows these models
+  container train [ARGUMENT ...]                  train a model; same as train_imagenet.py
+  container run SCRIPT | -m MODULE | COMMAND      run any program with these models registered in timm
 
 Weights
-  container weights list                          which there are, and which are here
-  container weights show NAME                     the record of a file
-  container weights verify [NAME]                 files against their records
+  container weights list                          list all weights and where they are
+  container weights show NAME                     show the record of a weights file
+  container weights verify [NAME]                 check files against their records
   container weights fetch NAME                    download, convert, check and pin
-  container weights import FILE --as NAME         a checkpoint of your own
-  container weights export NAME DIR               a folder for timm and the Hugging Face Hub
+  container weights import FILE --as NAME         convert your own checkpoint and pin it
+  container weights export NAME DIR               write a folder for timm and the Hugging Face Hub
 
-NAME is a model of timm's, such as container_light_nano, or container_light_nano.lite2_dist for certain weights.
+NAME is a timm model, such as container_light_nano. A tag chooses its weights: container_light_nano.lite2_dist.
 """
 
 import argparse
@@ -89,8 +89,14 @@ def run(argv: list[str]) -> None:
     Raises:
         SystemExit: There is no such program, or with its exit status.
     """
+    usage = "usage: container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]"
+    if argv in (["-h"], ["--help"]):
+        print(
+            f"{usage}\n\nRuns any program with these models registered in timm, also in the processes that it starts."
+        )
+        return
     if not argv or argv == ["-m"]:
-        raise SystemExit("usage: container run SCRIPT | -m MODULE | COMMAND [ARGUMENT ...]")
+        raise SystemExit(usage)
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *([before] if before else [])])
     name, command = argv[0], shutil.which(argv[0])
@@ -117,96 +123,111 @@ def run(argv: list[str]) -> None:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         "container",
+        usage="container COMMAND ...",
         description=__doc__,
         epilog="`container COMMAND --help` lists the options of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    commands = parser.add_subparsers(required=True, metavar="COMMAND", help=argparse.SUPPRESS)
-    family = commands.add_parser("list", help="the family")
-    family.add_argument("--markdown", action="store_true", help="as the table of docs/models.md")
+    commands = parser.add_subparsers(required=True, prog="container", metavar="COMMAND", help=argparse.SUPPRESS)
+    family = commands.add_parser("list", help="list the models")
+    family.add_argument("--markdown", action="store_true", help="print it as Markdown, for docs/models.md")
     family.set_defaults(command=lambda args: print(zoo.table(args.markdown)))
-    guess = commands.add_parser("predict", help="the five most likely classes of photos")
-    guess.add_argument("photos", metavar="PHOTO", nargs="*", help="a file; without any, a cat that comes along")
-    guess.add_argument("--model", metavar="NAME[.tag]", required=True, help="any of timm's, ours among them")
-    guess.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
-    guess.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")
-    guess.add_argument("--out", metavar="DIR", help="for a picture of what the affinities read")
+    guess = commands.add_parser("predict", help="classify photos: the five most likely classes")
+    guess.add_argument("photos", metavar="PHOTO", nargs="*", help="an image file; default: the bundled photo of a cat")
+    guess.add_argument("--model", metavar="NAME[.tag]", required=True, help="any timm model with weights")
+    guess.add_argument("--checkpoint", metavar="FILE", default="", help="your own weights")
+    guess.add_argument("--img-size", type=int, metavar="N", help="input size; default: that of the weights")
+    guess.add_argument("--out", metavar="DIR", help="save a picture of what the affinities read there")
     guess.set_defaults(command=_predict)
-    pictures = commands.add_parser("figures", help="what each affinity does with an image, as pictures")
-    pictures.add_argument("image", metavar="IMAGE", help="a photo; its middle square is what the model sees")
+    pictures = commands.add_parser("figures", help="save pictures of what tokens read")
+    pictures.add_argument("image", metavar="IMAGE", help="an image file; the model sees its centre square")
     pictures.add_argument(
-        "--model", metavar="NAME[.tag]", required=True, help="without a tag or --checkpoint: random weights"
+        "--model", metavar="NAME[.tag]", required=True, help="random weights without a tag or --checkpoint"
     )
-    pictures.add_argument("--out", metavar="DIR", required=True)
-    pictures.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
+    pictures.add_argument("--out", metavar="DIR", required=True, help="folder for the pictures")
+    pictures.add_argument("--checkpoint", metavar="FILE", default="", help="your own weights")
     pictures.add_argument(
-        "--pixel", nargs=2, type=int, metavar=("X", "Y"), help="the token whose row is drawn; the middle"
+        "--pixel", nargs=2, type=int, metavar=("X", "Y"), help="pixel of the token to draw; default: the centre"
     )
-    pictures.add_argument("--img-size", type=int, metavar="N", help="side of the square; the model's own")
+    pictures.add_argument("--img-size", type=int, metavar="N", help="input size; default: the model's")
     pictures.set_defaults(command=_figures)
     page = commands.add_parser(
-        "explore", help="a page: click a place in a photo, see what it reads, move alpha and beta"
+        "explore", help="click a token in a browser to see what it reads, and change alpha and beta"
     )
-    page.add_argument("photo", metavar="PHOTO", nargs="?", help="a file; without it, a cat that comes along")
+    page.add_argument("photo", metavar="PHOTO", nargs="?", help="an image file; default: the bundled photo of a cat")
     page.add_argument(
         "--model",
         metavar="NAME[.tag]",
         action="append",
         default=[],
-        help=f"one to begin with, or several to choose from; {explore.MODELS[0]}; without a tag: random weights",
+        help=f"model to show; repeat to offer several; random weights without a tag; default: {explore.MODELS[0]}",
     )
-    page.add_argument("--img-size", type=int, metavar="N", help="side of the square; the first model's own")
-    page.add_argument("--host", default="127.0.0.1", help="address to listen at; default 127.0.0.1, this machine alone")
-    page.add_argument("--port", type=int, default=7860, metavar="N", help="default 7860")
+    page.add_argument("--img-size", type=int, metavar="N", help="input size; default: that of the first model")
+    page.add_argument("--host", default="127.0.0.1", help="address to listen on; default: 127.0.0.1, this machine only")
+    page.add_argument("--port", type=int, default=7860, metavar="N", help="port to listen on; default: 7860")
     page.set_defaults(command=_explore)
-    deployed = commands.add_parser("export", help="a file for another runtime, which gives the model's answers")
-    deployed.add_argument("model", metavar="NAME[.tag]", help="any of timm's, with weights")
-    deployed.add_argument("out", metavar="OUT", help="the file, which ends in .onnx, .xml, .pte, .pt2 or .pt")
-    deployed.add_argument("--format", choices=deploy.FORMATS, required=True)
-    deployed.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
-    deployed.add_argument("--img-size", type=int, metavar="N", help="side of the square; the weights' own")
-    deployed.add_argument("--batch", metavar="N|dynamic", default="dynamic", help="images in a batch; default dynamic")
-    deployed.add_argument("--dynamic-size", action="store_true", help="images of any height and width")
-    deployed.add_argument("--int8", action="store_true", help="onnx and openvino: products in 8 bits, by --calibrate")
-    deployed.add_argument("--calibrate", metavar="DIR", help="photos to choose int8 by; 300 of them are read")
-    deployed.add_argument("--evaluate", metavar="DIR", help="print the accuracy on its val/CLASS/*, or CLASS/*")
-    deployed.add_argument("--features-only", action="store_true", help="the four maps in place of logits")
-    deployed.set_defaults(command=_deploy)
-    frozen = commands.add_parser("probe", help="k-NN and linear classification by frozen features, of any timm model")
-    frozen.add_argument("data_dir", metavar="DIR", help="with train/CLASS/* and val/CLASS/*, or train.tar and val.tar")
-    frozen.add_argument(
-        "--model", metavar="NAME[.tag]", required=True, help="without a tag or --checkpoint: random weights"
+    deployed = commands.add_parser(
+        "export", help="convert to ONNX, OpenVINO, ExecuTorch and others, and compare the outputs"
     )
-    frozen.add_argument("--img-size", type=int, metavar="N", help="side of the images; the model's own")
-    frozen.add_argument("--checkpoint", metavar="FILE", default="", help="weights of your own")
-    frozen.add_argument("--json", metavar="FILE", help="the same as JSON, with 95 %% intervals")
-    frozen.add_argument("--workers", type=int, metavar="N", help="processes that load; one for each core but one")
-    frozen.add_argument("--seed", type=int, default=0, metavar="N", help="of random weights, and of what chooses C")
+    deployed.add_argument("model", metavar="NAME[.tag]", help="any timm model with weights")
+    deployed.add_argument("out", metavar="OUT", help="file to write: .onnx, .xml, .pte, .pt2 or .pt")
+    deployed.add_argument("--format", choices=deploy.FORMATS, required=True, help="file format")
+    deployed.add_argument("--checkpoint", metavar="FILE", default="", help="your own weights")
+    deployed.add_argument("--img-size", type=int, metavar="N", help="input size; default: that of the weights")
+    deployed.add_argument("--batch", metavar="N|dynamic", default="dynamic", help="batch size; default: dynamic")
+    deployed.add_argument("--dynamic-size", action="store_true", help="accept images of any height and width")
+    deployed.add_argument(
+        "--int8", action="store_true", help="quantize to 8 bits with --calibrate; for onnx and openvino"
+    )
+    deployed.add_argument("--calibrate", metavar="DIR", help="photos to calibrate int8 on; 300 are used")
+    deployed.add_argument("--evaluate", metavar="DIR", help="print the accuracy on DIR/val/CLASS/* or DIR/CLASS/*")
+    deployed.add_argument("--features-only", action="store_true", help="output the four feature maps instead of logits")
+    deployed.set_defaults(command=_deploy)
+    frozen = commands.add_parser(
+        "probe", help="evaluate frozen features of any timm model by k-NN and a linear classifier"
+    )
+    frozen.add_argument(
+        "data_dir", metavar="DIR", help="folder with train/CLASS/* and val/CLASS/*, or with train.tar and val.tar"
+    )
+    frozen.add_argument(
+        "--model", metavar="NAME[.tag]", required=True, help="random weights without a tag or --checkpoint"
+    )
+    frozen.add_argument("--img-size", type=int, metavar="N", help="input size; default: the model's")
+    frozen.add_argument("--checkpoint", metavar="FILE", default="", help="your own weights")
+    frozen.add_argument("--json", metavar="FILE", help="also write the result as JSON, with 95 %% intervals")
+    frozen.add_argument("--workers", type=int, metavar="N", help="data loading workers; default: the cores less one")
+    frozen.add_argument(
+        "--seed", type=int, default=0, metavar="N", help="seed for random weights and for the split that chooses C"
+    )
     frozen.set_defaults(command=_probe)
-    commands.add_parser("run", help="a script, module or command, with the models", add_help=False)
+    commands.add_parser("run", help="run any program with these models registered in timm", add_help=False)
 
-    group = commands.add_parser("weights", help="files of weights").add_subparsers(required=True, metavar="COMMAND")
-    group.add_parser("list", help="the weights, and which of them are here").set_defaults(command=_list)
-    show = group.add_parser("show", help="a record")
+    group = commands.add_parser("weights", help="list, check, download and convert weights").add_subparsers(
+        required=True, metavar="COMMAND"
+    )
+    group.add_parser("list", help="list all weights and where they are").set_defaults(command=_list)
+    show = group.add_parser("show", help="show the record of a weights file")
     show.add_argument("name", metavar="NAME")
     show.set_defaults(command=_show)
-    verify = group.add_parser("verify", help="files that are here, against their records")
+    verify = group.add_parser("verify", help="check files against their records")
     verify.add_argument("name", metavar="NAME", nargs="?")
     verify.set_defaults(command=_verify)
-    fetch = group.add_parser("fetch", help="a file that lies on a share, converted, checked and pinned")
+    fetch = group.add_parser("fetch", help="download, convert, check and pin")
     fetch.add_argument("name", metavar="NAME")
-    fetch.add_argument("--yes", action="store_true", help="do not ask")
+    fetch.add_argument("--yes", action="store_true", help="do not ask for confirmation")
     fetch.set_defaults(command=_fetch)
-    convert = group.add_parser("import", help="a checkpoint to safetensors in our layout, with a record")
+    convert = group.add_parser("import", help="convert your own checkpoint and pin it")
     convert.add_argument("file", metavar="FILE")
-    convert.add_argument("--as", dest="name", metavar="NAME", required=True, help="architecture.tag")
-    convert.add_argument("--out", help="file to write, if not where `timm.create_model(NAME)` finds it")
-    convert.add_argument("--ema", action=argparse.BooleanOptionalAction, help="averaged weights, where there are both")
-    convert.add_argument("--trained-by", metavar="TEXT", help="for the record: whose weights they are")
-    convert.add_argument("--license", metavar="ID", help="for the record: such as apache-2.0")
+    convert.add_argument("--as", dest="name", metavar="NAME", required=True, help="its timm name: MODEL.TAG")
+    convert.add_argument("--out", help="file to write; default: where `timm.create_model(NAME)` finds it")
+    convert.add_argument(
+        "--ema", action=argparse.BooleanOptionalAction, help="take the averaged weights of a file that has both"
+    )
+    convert.add_argument("--trained-by", metavar="TEXT", help="for the record: who trained them")
+    convert.add_argument("--license", metavar="ID", help="for the record: the licence, such as apache-2.0")
     convert.add_argument("--data", metavar="TEXT", help="for the record: what they were trained on")
     convert.set_defaults(command=_import)
-    export = group.add_parser("export", help="a folder for local-dir: and the Hugging Face Hub")
+    export = group.add_parser("export", help="write a folder for timm and the Hugging Face Hub")
     export.add_argument("name", metavar="NAME")
     export.add_argument("out", metavar="FOLDER")
     export.set_defaults(command=_export)

@@ -41,6 +41,22 @@ def test_script_runs_with_its_arguments_and_the_models(tmp_path, monkeypatch, ca
     assert capsys.readouterr().out == "['--model', 'y'] True\n"
 
 
+def test_help_of_every_command_that_the_first_screen_names(capsys):
+    main([])
+    screen = capsys.readouterr().out
+    assert screen.startswith("usage: container COMMAND ...")
+    named = [line.split()[1:3] for line in screen.splitlines() if line.startswith("  container ")]
+    commands = [words if words[0] == "weights" else words[:1] for words in named]
+    assert len(commands) == 14
+    for words in commands:
+        if words != ["train"]:  # a program of its own
+            try:
+                main([*words, "--help"])
+            except SystemExit as end:
+                assert not end.code
+            assert capsys.readouterr().out.startswith(f"usage: container {' '.join(words)} ")
+
+
 CHILDREN = """
 import multiprocessing, subprocess, sys
 import beside  # as `python SCRIPT` finds it
