@@ -83,7 +83,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", help="settings: the name of one in container/training/recipes/, or a YAML file")
     run.add_argument(
-        "--output", default="output", help="new folder for everything the run writes (-1, -2, ... if it exists)"
+        "--output", help="new folder for everything the run writes; default: output, or output-1, ... if it exists"
     )
     run.add_argument(
         "--resume",
@@ -230,6 +230,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         recipe = str(beside)  # what the run that left the checkpoint was: model, data, image size
     args = parse_with_recipe(parser, argv, RECIPES, recipe)
     args.recipe = recipe
+    if args.output is None:
+        args.output = "output"
+        if args.resume and (others := sorted(map(str, Path().glob("output-[0-9]*")))):
+            parser.error(
+                f"--resume {args.resume} needs --output, as there are several runs: output, {', '.join(others)}"
+            )
     if given.eval and given.checkpoint:
         args.pretrained = given.pretrained
     args.compile = None if args.compile == "none" else args.compile

@@ -690,6 +690,19 @@ def test_little_shared_memory_is_said_before_the_run(here, monkeypatch):
         here(*flags)
 
 
+def test_resuming_one_of_several_runs_takes_its_name(monkeypatch, tmp_path, capsys):
+    monkeypatch.chdir(tmp_path)
+    for name in ("output", "output-old"):
+        Path(name).mkdir()
+        assert parse_args(["--resume", "auto"]).output == "output"
+    Path("output-1").mkdir()
+    assert parse_args(["--resume", "auto", "--output", "output"]).output == "output"
+    with pytest.raises(SystemExit):
+        parse_args(["--resume", "auto"])
+    assert "--resume auto needs --output, as there are several runs: output, output-1\n" in capsys.readouterr().err
+    assert parse_args([]).output == "output"  # a new run finds a free name
+
+
 def test_a_continued_run_is_checked(here, capsys):
     here("--resume", "auto")
     with pytest.raises(SystemExit, match=r"output was begun with lr_base 0\.0005, not 0\.001"):
