@@ -33,7 +33,7 @@ def test_code(code, tmp_path, monkeypatch, capsys):
             pytest.importorskip(library, reason=f"{library} is not installed")
     capsys.readouterr()  # Ultralytics speaks of the settings that it makes where it has none
     scope = {}
-    exec(code, scope)
+    exec(code.replace("PATH_OF_THE_CLONE", str(ROOT)), scope)
     printed = capsys.readouterr().out
     assert printed == "".join(line + "\n" for line in re.findall(r"^# (.*)$", code, re.MULTILINE))
     for name, shape in re.findall(r"^(\w) = .*# (\([\d, ]+\))", code, re.MULTILINE):
