@@ -1,8 +1,8 @@
-"""What `torch.hub.load(REPOSITORY, NAME, pretrained=True)` finds: the members of the family, by their names in timm."""
+"""Entry points of `torch.hub.load(REPOSITORY, NAME, pretrained=True)`: the family, by timm name."""
 
 import timm
 
-import container  # registers them
+import container  # registers the family with timm
 
 dependencies = ["torch", "torchvision", "timm", "filelock", "huggingface_hub", "safetensors"]
 

@@ -4,17 +4,17 @@
 
 Importing this package registers the family with timm: `timm.list_models("container*")`.
 
-Shapes are written with these letters throughout:
+Docstrings write shapes with these letters:
 
-    B       batch
+    B       batch size
     C       channels
-    H W     grid of a map, in tokens
-    N       tokens of a grid, N = H W, row-major
+    H W     height and width of a feature map, in tokens
+    N       tokens of a feature map, N = H W, row-major
     M       heads: distinct N x N matrices of an affinity
     D       channels per head, D = C / M
 """
 
-from . import weights  # verifies what `pretrained=True` loads
+from . import weights  # importing it makes `pretrained=True` verify the files it loads
 from .affinity import Affinity, DepthwiseConv, DoubleAttention, GlobalContext, SelfAttention, TokenMatrix
 from .aggregation import Aggregation, Block, ConvexGate, FreeGate
 from .container import Container

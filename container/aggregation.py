@@ -14,15 +14,15 @@ __all__ = ["Aggregation", "Block", "ConvexGate", "FreeGate"]
 
 
 class ConvexGate(nn.Module):
-    """Mixes two affinities convexly by one scalar s: alpha = sigmoid(s), beta = 1 - alpha.
+    """Gate that mixes two affinities convexly with one scalar s: alpha = sigmoid(s), beta = 1 - alpha.
 
-    s starts at 0, so both start at one half.
+    s is initialised to 0, so alpha and beta both start at one half.
     Source: released code only (one scalar per block, shared by all heads).
-    Note: the paper has two free scalars instead, `FreeGate`.
+    Note: the paper uses two free scalars instead, `FreeGate`.
 
     Args:
         device: Device of the parameter.
-        dtype: Type of the parameter.
+        dtype: Data type of the parameter.
     """
 
     def __init__(self, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
@@ -31,20 +31,20 @@ class ConvexGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """s = 0."""
+        """Sets s = 0."""
         nn.init.zeros_(self.logit)
 
     def forward(self) -> Tuple[Tensor, Tensor]:
-        """(alpha, beta), each of shape (1,)."""
+        """Returns (alpha, beta), each of shape (1,)."""
         alpha = self.logit.sigmoid()
         return alpha, 1 - alpha
 
 
 class FreeGate(nn.Module):
-    """Mixes two affinities by two free scalars, alpha and beta.
+    """Gate that mixes two affinities with two free scalars, alpha and beta.
 
     Source: paper (alpha and beta are learnable parameters).
-    Note: the paper's initial values are not known to us; both start at one half, as in the released code.
+    Note: we do not know the paper's initial values. Both scalars start at one half, as in the released code.
     """
 
     def __init__(self, device: Optional[torch.device] = None, dtype: Optional[torch.dtype] = None) -> None:
@@ -54,24 +54,24 @@ class FreeGate(nn.Module):
         self.reset_parameters()
 
     def reset_parameters(self) -> None:
-        """alpha = beta = 1/2."""
+        """Sets alpha = beta = 1/2."""
         nn.init.constant_(self.alpha, 0.5)
         nn.init.constant_(self.beta, 0.5)
 
     def forward(self) -> Tuple[Tensor, Tensor]:
-        """(alpha, beta), each of shape (1,)."""
+        """Returns (alpha, beta), each of shape (1,)."""
         return self.alpha, self.beta
 
 
 class Aggregation(nn.Module):
-    """The paper's one operation, of which attention, convolution and token mixing are cases.
+    """The paper's unified operation; attention, convolution and token mixing are special cases of it.
 
     Y = (alpha A(X) + beta A) V W, with V = X W_v. The residual `+ X` is added by the block.
 
     A(X) is `dynamic`, A is `static`, W_v is `value`, W is `proj`; alpha and beta come from `gate`. Both affinities read
     the same V, so mixing their outputs equals mixing their matrices, and no N x N matrix is formed.
 
-    Source: paper, its central equation. Cost: O(N C^2) for the projections, plus that of the affinities.
+    Source: paper, its central equation. Cost: O(N C^2) for the projections, plus the cost of the affinities.
 
     Args:
         dim: Channels C.
@@ -81,7 +81,7 @@ class Aggregation(nn.Module):
         proj_drop: Dropout probability after `proj`.
 
     Raises:
-        ValueError: There is no affinity, or a gate without two affinities to mix.
+        ValueError: No affinity is given, or a gate is given without two affinities to mix.
     """
 
     def __init__(
@@ -107,16 +107,16 @@ class Aggregation(nn.Module):
         self.proj_drop = nn.Dropout(proj_drop)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Y for a map X, both (B, C, H, W)."""
+        """Computes Y for a feature map X, both (B, C, H, W)."""
         return self.proj_drop(self.proj(self.mix(x, self.value(x))))
 
     def mix(self, x: Tensor, v: Tensor) -> Tensor:
-        """(alpha A(X) + beta A) V for the maps X and V, both (B, C, H, W)."""
+        """Computes (alpha A(X) + beta A) V for feature maps X and V, both (B, C, H, W)."""
         if self.dynamic is not None and self.static is not None:
             if self.gate is not None:
                 alpha, beta = self.gate()
                 y = self.dynamic(x, v)
-                # In the type of the maps: under autocast the scalars are float32, and would make the sum so.
+                # Cast to the dtype of the feature maps: under autocast, the float32 scalars would promote the sum.
                 return alpha.to(y.dtype) * y + beta.to(y.dtype) * self.static(x, v)
             return self.dynamic(x, v) + self.static(x, v)
         if self.dynamic is not None:
@@ -125,9 +125,9 @@ class Aggregation(nn.Module):
         return self.static(x, v)
 
     def matrix(self, x: Tensor) -> Tensor:
-        """alpha A(X) + beta A written out, (B or 1, M, N, N), for a map X (B, C, H, W).
+        """Returns alpha A(X) + beta A, (B or 1, M, N, N), for a feature map X (B, C, H, W).
 
-        M is the smallest number of heads that fits both: C if one of them is a convolution.
+        M is the least common multiple of the two numbers of heads: C if one affinity is a convolution.
         """
         if self.dynamic is None or self.static is None:
             alone = self.dynamic if self.static is None else self.static
@@ -142,23 +142,23 @@ class Aggregation(nn.Module):
 
 
 class Block(nn.Module):
-    """The residual block: position, aggregation, MLP.
+    """Residual block: positional convolution, aggregation, MLP.
 
     x = x + pos_conv(x);  x = x + aggregation(norm1(x));  x = x + mlp(norm2(x))
 
-    In training the last two branches are dropped per image with probability `drop_path`; the first never is.
+    In training, the last two branches are dropped per image with probability `drop_path`. The first is never dropped.
 
     Source: released code only.
-    Cost: O(N C^2 (2 + 2 mlp_ratio)), plus that of the affinities.
+    Cost: O(N C^2 (2 + 2 mlp_ratio)), plus the cost of the affinities.
 
     Args:
         dim: Channels C.
         aggregation: The token mixing, (B, C, H, W) -> (B, C, H, W).
         mlp_ratio: Hidden channels of the MLP, as a multiple of `dim`.
-        dilation: Distance between the taps of `pos_conv`.
+        dilation: Dilation of `pos_conv`.
         proj_drop: Dropout probability in the MLP.
         drop_path: Probability that a residual branch is dropped.
-        norm_layer: Norm over a map, called with `dim`.
+        norm_layer: Norm layer for feature maps, called with `dim`.
         act_layer: Activation of the MLP.
     """
 
@@ -186,7 +186,7 @@ class Block(nn.Module):
         self.drop_path2 = DropPath(drop_path) if drop_path > 0 else nn.Identity()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Applies the block: (B, C, H, W) -> (B, C, H, W)."""
         x = x + self.pos_conv(x)
         x = x + self.drop_path1(self.aggregation(self.norm1(x)))
         return x + self.drop_path2(self.mlp(self.norm2(x)))
@@ -194,18 +194,26 @@ class Block(nn.Module):
     @torch.jit.ignore
     @torch.no_grad()
     def fuse(self) -> "Block":
-        """Rewrites this block for inference, in place; timm's `reparameterize_model` calls it on a copy of a model.
+        """Rewrites this block for inference, in place.
 
-        - A batch norm is folded into the 1x1 convolutions after it: W (s x + t) + b = (W s) x + (W t + b).
-        - So is the gate: alpha A(X) V + beta A V = A(X) V' + A' V' with V' = alpha V and A' = (beta / alpha) A.
+        timm's `reparameterize_model` calls this method on a copy of the model.
 
-        Anything unusual is left unchanged: layers that are wrapped, subclassed, parametrized or quantized, affinities
-        that do not define how they may be rewritten, other modules as aggregation, norms that are not affine, a gate
-        whose alpha is 0, and the whole block if a hook is registered in it.
+        - Each batch norm is folded into the 1x1 convolutions after it: W (s x + t) + b = (W s) x + (W t + b).
+        - The gate is folded into V and the static affinity: alpha A(X) V + beta A V = A(X) V' + A' V' with
+          V' = alpha V and A' = (beta / alpha) A.
 
-        A block in training mode is switched to evaluation mode first, because timm's scripts rewrite before `eval()`.
+        Anything unusual is left unchanged:
 
-        Source: algebra; the released code does none of it.
+        - layers that are wrapped, subclassed, parametrized or quantized,
+        - affinities that do not define how they may be rewritten,
+        - an aggregation of another class,
+        - norms that are not affine,
+        - a gate whose alpha is 0,
+        - the whole block, if a module in it has a hook or a replaced `forward`.
+
+        A block in training mode is switched to evaluation mode first, because timm's scripts fuse before `eval()`.
+
+        Source: algebra; the released code does none of this.
 
         Returns:
             The block itself.
@@ -225,13 +233,13 @@ class Block(nn.Module):
 
 
 def _is_hooked(module: nn.Module) -> bool:
-    """Whether something looks at a module's input or output, or has taken its `forward` over."""
+    """Returns whether a module has hooks, or a `forward` that has been replaced on the instance."""
     hooks = (module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks)
     return any(hooks) or "forward" in vars(module)
 
 
 def _says(affinity: nn.Module, name: str) -> bool:
-    """Whether a method is said of an affinity's own `forward`, not of one that a subclass has replaced."""
+    """Returns whether a method describes the `forward` in use, not one that a subclass has overridden."""
     classes = type(affinity).__mro__
 
     def place(method: str) -> int:
@@ -241,7 +249,7 @@ def _says(affinity: nn.Module, name: str) -> bool:
 
 
 def _readers(aggregation: Aggregation) -> Optional[Tuple[nn.Module, ...]]:
-    """The 1x1 convolutions through which alone an aggregation reads its input; None if there is another way."""
+    """Returns the 1x1 convolutions that read an aggregation's input; None if anything else reads it too."""
     found: Tuple[nn.Module, ...] = (aggregation.value,)
     for affinity in (aggregation.dynamic, aggregation.static):
         if affinity is not None:
@@ -253,12 +261,12 @@ def _readers(aggregation: Aggregation) -> Optional[Tuple[nn.Module, ...]]:
 
 
 def _affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
-    """(s, t) of a norm that is s x + t over channels, in double; None for another."""
+    """Returns (s, t) in double precision if a norm computes s x + t per channel; None otherwise."""
     if type(norm) not in (nn.BatchNorm2d, FrozenBatchNorm2d):
         return None
     stats: Any = norm
     if stats.running_var is None or (norm.training and type(norm) is nn.BatchNorm2d):
-        return None  # it goes by the batch's own statistics
+        return None  # it uses the statistics of the batch
     scale = (stats.running_var.double() + stats.eps).rsqrt()
     scale = scale if stats.weight is None else scale * stats.weight.double()
     shift = -stats.running_mean.double() * scale
@@ -266,7 +274,11 @@ def _affine(norm: nn.Module) -> Optional[Tuple[Tensor, Tensor]]:
 
 
 def _absorb(norm: nn.Module, *layers: nn.Module) -> nn.Module:
-    """Moves a norm into the 1x1 convolutions that read it, all or none; returns what is left of it."""
+    """Folds a norm into all 1x1 convolutions that read it, or into none.
+
+    Returns:
+        The identity, or the norm itself if it could not be folded.
+    """
     affine = _affine(norm)
     convolutions = [layer for layer in layers if type(layer) is nn.Conv2d]
     if affine is None or len(convolutions) < len(layers):
@@ -283,11 +295,11 @@ def _absorb(norm: nn.Module, *layers: nn.Module) -> nn.Module:
 
 
 def _absorb_gate(aggregation: Aggregation) -> None:
-    """Moves alpha and beta into V and into the static affinity, where that can be."""
+    """Folds alpha and beta into V and the static affinity, if possible."""
     dynamic, static, value = aggregation.dynamic, aggregation.static, aggregation.value
     if aggregation.gate is None or dynamic is None or static is None or type(value) is not nn.Conv2d:
         return
-    # A(x) v, and nothing else: so says what says how it reads x.
+    # Scaling V is only valid if `forward` is exactly A(x) v. An affinity that defines `readers` guarantees this.
     linear = _says(dynamic, "readers") and dynamic.readers() is not None and dynamic.bias is None
     if not linear or not _says(static, "scale_"):
         return

@@ -3,7 +3,7 @@
 Paper: Gao, Lu, Li, Mottaghi, Kembhavi, "Container: Context Aggregation Network", NeurIPS 2021, arXiv 2106.01401.
 Released code (one model, CONTAINER-LIGHT): https://github.com/allenai/container, MIT licence file.
 
-Written from the paper's formulas and the released layout of weights; no code is taken from the release.
+Written from the paper's formulas and the layout of the released weights; no code is taken from the release.
 """
 
 import os
@@ -43,27 +43,27 @@ __all__ = ["Container"]
 T = TypeVar("T")
 PerStage = Union[T, Sequence[T]]
 
-# Never None for "none": timm.create_model drops arguments that are None.
+# "none" instead of None, because timm.create_model drops arguments that are None.
 _AFFINITIES = {"dynamic": ("none", "attention", "context", "double"), "static": ("none", "conv", "matrix")}
 _GATES: Dict[str, Optional[Type[nn.Module]]] = {"convex": ConvexGate, "free": FreeGate, "sum": None}
 
 
 class PatchEmbed(nn.Module):
-    """Downsampling by cutting the map into patches: convolution with kernel = stride, then LayerNorm over channels.
+    """Patch embedding that downsamples: convolution with kernel = stride, then LayerNorm over channels.
 
     (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))
 
     Source: released code only.
-    Note: the release accepts one image size; here a map that the patches do not tile is padded with zeros at its right
-    and bottom, so no pixel is lost and the grid is that of any strided convolution with padding. A stride smaller than
-    the patch (`output_stride`) pads in the same way.
+    Note: the release accepts one image size. Here, a feature map that the patches do not tile is padded with zeros at
+    its right and bottom. No pixel is lost, and the grid is that of any strided convolution with padding. A stride
+    smaller than the patch (`output_stride`) pads in the same way.
 
     Args:
         in_chs: Channels C.
         dim: Channels C'.
-        patch_size: Side of a patch in positions of the map.
+        patch_size: Side of a patch, in positions of the feature map.
         stride: Distance between patches.
-        dilation: Distance between the taps of the patch.
+        dilation: Dilation of the convolution.
     """
 
     def __init__(
@@ -82,16 +82,18 @@ class PatchEmbed(nn.Module):
         self.norm = LayerNorm2d(dim, eps=1e-5, device=device, dtype=dtype)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
-        # As wide as a patch reaches beyond its first position, whatever the size: the convolution leaves out what it
-        # does not need, and nothing here depends on the size, which fx and torch.export would pin.
+        """Embeds patches: (B, C, H, W) -> (B, C', H', W')."""
+        # Always pad by the reach of a patch beyond its first position; the convolution ignores padding that it does not
+        # need. A padding computed from the image size would be fixed by fx and torch.export.
         return self.norm(self.proj(F.pad(x, (0, self.reach, 0, self.reach))))
 
 
 class Stage(nn.Module):
-    """Downsampling (the stem, in the first stage, is the network's), then blocks at one resolution.
+    """Stage of the network: downsampling, then blocks at one resolution.
 
     (B, C, H, W) -> (B, C', ceil(H / stride), ceil(W / stride))
+
+    The first stage does not downsample, because the network's stem does.
 
     Args:
         downsample: The patch embedding, or the identity.
@@ -105,7 +107,7 @@ class Stage(nn.Module):
         self.blocks = nn.Sequential(*blocks)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C', H', W')."""
+        """Applies the stage: (B, C, H, W) -> (B, C', H', W')."""
         x = self.downsample(x)
         if self.grad_checkpointing and not torch.jit.is_scripting():
             return checkpoint_seq(self.blocks, x)
@@ -113,10 +115,10 @@ class Stage(nn.Module):
 
 
 def _per_stage(name: str, value: PerStage[T], num_stages: int) -> List[T]:
-    """One value per stage; a single value (a string too) is repeated for all of them.
+    """Returns one value per stage; a single value, such as a string, is repeated for all stages.
 
     Raises:
-        ValueError: `value` is a sequence of another length.
+        ValueError: `value` is a sequence of the wrong length.
     """
     if not isinstance(value, (list, tuple)):
         return [value] * num_stages  # type: ignore[list-item]
@@ -136,7 +138,9 @@ def _create_affinity(
     attn_drop: float,
     dd: Dict[str, Any],
 ) -> Optional[Affinity]:
-    """The affinity of that name, or None for 'none'; each uses the settings of the stage that it needs.
+    """Creates the affinity of the given name, or returns None for 'none'.
+
+    Each affinity uses only the settings of the stage that it needs.
 
     Raises:
         ValueError: There is no dynamic (or static) affinity of that name.
@@ -157,43 +161,43 @@ def _create_affinity(
 
 
 class Container(nn.Module):
-    """The network: a stem, stages of residual blocks, a norm, a pooled linear head.
+    """CONTAINER network: a stem, stages of residual blocks, a final norm, and a pooled linear head.
 
-    Every block aggregates by Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`); a member of the
-    family is a choice, per stage, of A(X) (`dynamic`) and A (`static`).
+    Every block computes Y = (alpha A(X) + beta A) V W + X (`container.aggregation.Aggregation`). A member of the family
+    chooses A(X) (`dynamic`) and A (`static`) for each stage.
 
     Any image size works, square or not, odd or even, unless a stage has a `TokenMatrix`, which is tied to `img_size`
-    (see `set_input_size`). Below 32 x 32 pixels the last stage has a single token.
+    (see `set_input_size`). At 32 x 32 pixels and below, the last stage has a single token.
 
     Source: paper (the aggregation); everything around it (stem, norms, `pos_conv`, head) from the released code.
-    Note: the release also applies dropout after the stem; here `drop_rate` acts before the classifier, as in timm.
+    Note: the release also applies dropout after the stem. Here, `drop_rate` acts before the classifier, as in timm.
 
     Args:
-        in_chans: Channels of the image.
-        num_classes: Width of the classifier; 0 for none.
+        in_chans: Number of image channels.
+        num_classes: Number of classes; 0 for no classifier.
         global_pool: 'avg', 'max', 'avgmax', 'catavgmax', or '' for none.
         output_stride: 8, 16 or 32; beyond it, patch embeddings have stride 1 and later convolutions are dilated.
-        img_size: Image size, int or (H, W), that token matrices are tied to; other affinities ignore it.
-        depths: Blocks per stage.
+        img_size: Image size, as one side or (H, W), that token matrices are tied to; other affinities ignore it.
+        depths: Number of blocks per stage.
         embed_dims: Channels per stage.
-        patch_sizes: Downsampling per stage, the first by the stem.
-        mlp_ratios: Hidden width of the MLP over `embed_dims`, per stage.
+        patch_sizes: Downsampling factor per stage; the first is that of the stem.
+        mlp_ratios: Hidden width of the MLP as a multiple of `embed_dims`, per stage.
         dynamic: 'attention', 'context', 'double' or 'none', per stage.
         static: 'conv' (5x5), 'matrix' or 'none', per stage.
-        gate: How alpha and beta are computed where a stage has both affinities: 'convex' (released), 'free' (paper),
-            or 'sum' for alpha = beta = 1.
+        gate: How alpha and beta are computed if a stage has both affinities: 'convex' (released), 'free' (paper), or
+            'sum' for alpha = beta = 1.
         num_heads: Heads of attention and token matrices, per stage.
-        ranks: Rank of token matrices, per stage; 0 for dense ones.
+        ranks: Rank of token matrices, per stage; 0 for dense matrices.
         drop_rate: Dropout before the classifier.
         proj_drop_rate: Dropout after aggregation and in the MLP.
-        attn_drop_rate: Dropout on the entries of attention.
-        drop_path_rate: Probability that the last block's branches are dropped; rises linearly from 0 over the blocks.
+        attn_drop_rate: Dropout on the attention weights.
+        drop_path_rate: Stochastic depth rate of the last block; it rises linearly from 0 over the blocks.
         norm_layer: Norm in the blocks and before the head: a class, a partial, or a timm name.
         act_layer: Activation of the MLP: a class, a partial, or a timm name.
 
     Raises:
         ValueError: A per-stage argument has the wrong length, an affinity or gate is unknown, `output_stride` is not 8,
-            16 or 32, or heads do not divide channels.
+            16 or 32, or the number of heads does not divide the channels.
     """
 
     def __init__(
@@ -245,8 +249,9 @@ class Container(nn.Module):
         for i, dim in enumerate(embed_dims):
             downsample: nn.Module = nn.Identity()
             if i > 0:
-                # Beyond output_stride a patch keeps its taps but not its stride, and what follows dilates instead: at
-                # every dilation-th position the map equals that of the strided network, where convolutions alone mix.
+                # Beyond output_stride, the patch embedding keeps its kernel but has stride 1, and later convolutions
+                # are dilated instead. If only convolutions mix tokens, every dilation-th position of the feature map
+                # equals the feature map of the strided network.
                 stride = patch_sizes[i] if reduction * patch_sizes[i] <= output_stride else 1
                 downsample = PatchEmbed(embed_dims[i - 1], dim, patch_sizes[i], stride, dilation, **dd)
                 dilation *= patch_sizes[i] // stride
@@ -298,12 +303,12 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def init_weights(self, needs_reset: bool = True) -> None:
-        """Draws the weights: truncated normal (0.02) for the classifier, every layer's own init elsewhere.
+        """Initialises the weights: truncated normal (std 0.02) for the classifier, each layer's own default elsewhere.
 
         Source: released code, which keeps PyTorch's default for convolutions and zeroes nothing.
 
         Args:
-            needs_reset: Also reset every other layer, as after `to_empty()`.
+            needs_reset: Whether to reset every other layer too, as required after `to_empty()`.
         """
         if needs_reset:
             for module in self.modules():
@@ -315,16 +320,18 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def no_weight_decay(self) -> Set[str]:
-        """Names exempt from weight decay beside those of one dimension (norms, biases, gates), which timm exempts.
+        """Returns an empty set: no parameters are exempt from weight decay, except those that timm exempts itself.
 
-        Source: released code. It tries to exempt `pos_conv`, but by a name that matches no parameter, so the published
-        weights were trained with weight decay on every kernel. Ours are, too.
+        timm exempts all one-dimensional parameters: norms, biases and gates.
+
+        Source: released code. It tries to exempt `pos_conv`, but by a name that matches no parameter. The published
+        weights were therefore trained with weight decay on every kernel, and so are ours.
         """
         return set()
 
     @torch.jit.ignore
     def group_matcher(self, coarse: bool = False) -> Dict[str, Any]:
-        """Patterns that order parameters into layers, for layer decay: per stage if coarse, else per block."""
+        """Returns the patterns that group parameters for layer-wise decay: per stage if coarse, else per block."""
         blocks = [
             (r"^stages\.(\d+)\.downsample", (0,)),
             (r"^stages\.(\d+)\.blocks\.(\d+)", None),
@@ -334,7 +341,7 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def set_grad_checkpointing(self, enable: bool = True) -> None:
-        """Recomputes each block in the backward pass instead of keeping its activations.
+        """Enables gradient checkpointing: each block is recomputed in the backward pass to save memory.
 
         Batch norms then see every batch twice and update their running statistics twice, as in every timm model.
         Gradients do not change. Frozen norms are unaffected.
@@ -344,10 +351,10 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def set_input_size(self, img_size: Union[int, Tuple[int, int]]) -> None:
-        """Resamples every `TokenMatrix` to the grid of another image size; other affinities need nothing.
+        """Resamples every `TokenMatrix` to the grid of another image size; other affinities need no change.
 
         Args:
-            img_size: The new image size, int or (H, W).
+            img_size: The new image size, as one side or (H, W).
         """
         for i, stage in enumerate(self.stages):
             for module in stage.modules():
@@ -357,16 +364,16 @@ class Container(nn.Module):
 
     @torch.jit.ignore
     def get_classifier(self) -> nn.Module:
-        """The linear layer, or the identity where `num_classes` is 0."""
+        """Returns the linear layer, or the identity if `num_classes` is 0."""
         return self.head.fc
 
     @torch.jit.ignore
     def reset_classifier(self, num_classes: int, global_pool: Optional[str] = None) -> None:
-        """Gives the head a new classifier.
+        """Replaces the classifier.
 
         Args:
-            num_classes: Its width; 0 for none.
-            global_pool: New pooling, '' for none; None keeps the present one.
+            num_classes: Number of classes; 0 for no classifier.
+            global_pool: New pooling, '' for none; None keeps the current pooling.
         """
         self.num_classes = num_classes
         self.head.reset(num_classes, global_pool, in_features=self.num_features, **get_device_dtype(self))
@@ -381,18 +388,18 @@ class Container(nn.Module):
         output_fmt: str = "NCHW",
         intermediates_only: bool = False,
     ) -> Union[List[Tensor], Tuple[Tensor, List[Tensor]]]:
-        """Forward pass that also returns the maps at the ends of stages.
+        """Runs a forward pass that also returns the feature maps at the ends of stages.
 
         Args:
-            x: Image (B, in_chans, H, W).
-            indices: The last n stages if an int, these stages if a sequence, all stages if None.
-            norm: Apply the final norm to the last stage's map; the other maps have none.
-            stop_early: Stop after the last stage requested, whose map is then the final one.
+            x: Images (B, in_chans, H, W).
+            indices: Stages to return: the last n if an int, the given indices if a sequence, all stages if None.
+            norm: Whether to apply the final norm to the last stage's feature map; the others are never normalised.
+            stop_early: Whether to stop after the last requested stage. Its feature map is then the final one.
             output_fmt: 'NCHW', the only format.
-            intermediates_only: Leave out the final map.
+            intermediates_only: Whether to leave out the final feature map.
 
         Returns:
-            The maps, or (final map, maps).
+            The feature maps, or (final feature map, feature maps).
         """
         assert output_fmt in ("NCHW",), "Output format must be NCHW."
         intermediates = []
@@ -423,15 +430,15 @@ class Container(nn.Module):
     def prune_intermediate_layers(
         self, indices: Union[int, List[int]] = 1, prune_norm: bool = False, prune_head: bool = True
     ) -> List[int]:
-        """Removes everything that the given stages do not need.
+        """Removes the layers that the requested stages do not need.
 
         Args:
             indices: As in `forward_intermediates`.
-            prune_norm: Also remove the final norm, which is removed with the last stage in any case.
-            prune_head: Also remove the pooling and the classifier, which are removed with the last stage in any case.
+            prune_norm: Whether to remove the final norm. It is always removed along with the last stage.
+            prune_head: Whether to remove pooling and classifier. They are always removed along with the last stage.
 
         Returns:
-            The indices of the stages requested.
+            The indices of the requested stages.
         """
         take_indices, max_index = feature_take_indices(len(self.stages), indices)
         prune_end = max_index < len(self.stages) - 1
@@ -445,30 +452,31 @@ class Container(nn.Module):
         return take_indices
 
     def forward_features(self, x: Tensor) -> Tensor:
-        """Image (B, in_chans, H, W) -> normed map of the last stage (B, num_features, H', W')."""
+        """Computes the normalised feature map of the last stage: (B, in_chans, H, W) -> (B, num_features, H', W')."""
         x = self.stem(x)
         x = self.stages(x)
         return self.norm(x)
 
     def forward_head(self, x: Tensor, pre_logits: bool = False) -> Tensor:
-        """Map of `forward_features` -> logits (B, num_classes), or pooled features (B, head_hidden_size)."""
+        """Computes logits (B, num_classes), or pooled features (B, head_hidden_size), from the last feature map."""
         return self.head(x, pre_logits=pre_logits)
 
     def forward(self, x: Tensor) -> Tensor:
-        """Image (B, in_chans, H, W) -> logits (B, num_classes)."""
+        """Computes logits: (B, in_chans, H, W) -> (B, num_classes)."""
         return self.forward_head(self.forward_features(x))
 
 
 def _grid(img_size: Union[int, Tuple[int, int]], strides: Sequence[int]) -> Tuple[int, int]:
-    """(H, W) of the map after the given strides, each rounding up as `PatchEmbed` does."""
+    """Returns (H, W) of the feature map after the given strides, each rounding up as in `PatchEmbed`."""
     height, width = to_2tuple(img_size)
     for stride in strides:
         height, width = -(-height // stride), -(-width // stride)
     return height, width
 
 
-# Names of the released checkpoint -> ours. Its stage and block numbers are spelt out; `attn` is the convolution of a
-# static block, `conv` that of a mixed one, and a mixed block's `conv1` holds Q, K and V in one.
+# Names in the released checkpoint -> ours. The release numbers stages in its names (`patch_embed1`, `blocks4`). `attn`
+# is the convolution of a static block, and `conv` is that of a mixed block. The `conv1` of a mixed block holds Q, K and
+# V in one projection.
 _RELEASED_NAMES = (
     (r"^patch_embed1\.", "stem."),
     *((rf"^patch_embed{i}\.", f"stages.{i - 1}.downsample.") for i in (2, 3, 4)),
@@ -484,21 +492,21 @@ _RELEASED_NAMES = (
 
 
 def is_released(state_dict: Dict[str, Any]) -> bool:
-    """Whether a state dict is in the layout of the authors' release."""
+    """Returns whether a state dict is in the layout of the authors' release."""
     return any(key.startswith("patch_embed1.") for key in state_dict)
 
 
 def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
-    """Renames a checkpoint of the released CONTAINER-LIGHT to our layout.
+    """Converts a state dict of the released CONTAINER-LIGHT to our layout.
 
     Args:
         state_dict: The weights under `model` in the released file.
 
     Returns:
-        The same tensors under our names; the joint Q, K, V projection of mixed blocks is split in two.
+        The same tensors under our names. The joint Q, K, V projection of mixed blocks is split in two: Q and K, and V.
 
     Raises:
-        ValueError: It is not the released layout. Unknown keys are kept, and the model refuses them.
+        ValueError: The state dict is not in the released layout. Unknown keys are kept, and the model rejects them.
     """
     renamed: Dict[str, Tensor] = {}
     for key, tensor in state_dict.items():
@@ -517,26 +525,27 @@ def from_released(state_dict: Dict[str, Tensor]) -> Dict[str, Tensor]:
 
 
 def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[str, Tensor]:
-    """Makes a checkpoint fit a model, or refuses it before anything is loaded.
+    """Adapts a checkpoint to a model, or rejects it before anything is loaded.
 
-    Takes our layout or the released one, bare or under `state_dict` / `model`, with any number of image channels (timm
-    adapts them). Token matrices are resampled to the model's grids. A classifier is kept if its width fits. Otherwise
-    it is dropped, but only if the model was asked for another number of classes than its pretrained cfg has.
+    Both our layout and the released one are accepted, at the top level or under `state_dict` / `model`. Any number of
+    image channels works, because timm adapts them. Token matrices are resampled to the model's grids. The classifier is
+    kept if its width fits. Otherwise it is dropped, but only if the model was created with a number of classes other
+    than that of its pretrained cfg.
 
     Args:
         state_dict: The checkpoint.
         model: The model to load it into.
 
     Returns:
-        A state dict in the model's names and shapes, except for the first convolution and a dropped classifier.
+        A state dict with the model's names and shapes, except for the first convolution and a dropped classifier.
 
     Raises:
-        ValueError: Keys are missing or left over, or shapes differ.
+        ValueError: Keys are missing or unexpected, or shapes differ.
     """
     for key in ("state_dict", "model"):
         if isinstance(state_dict.get(key), dict):
             state_dict = state_dict[key]
-    state_dict = clean_state_dict(state_dict)  # the prefixes of DDP and torch.compile
+    state_dict = clean_state_dict(state_dict)  # removes the prefixes of DDP and torch.compile
     if is_released(state_dict):
         state_dict = from_released(state_dict)
 
@@ -544,7 +553,7 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
         left, right = f"{name}.left", f"{name}.right"
         if not isinstance(module, TokenMatrix) or left not in state_dict:
             continue
-        whole = (right in state_dict) == (module.right is not None)  # else it does not fit, and is refused below
+        whole = (right in state_dict) == (module.right is not None)  # otherwise it does not fit and is rejected below
         if whole and state_dict[left].ndim == 4 and state_dict[left].shape[1:3] != module.left.shape[1:3]:
             resampled = module.resample(state_dict[left], state_dict.get(right), module.grid)
             state_dict = {
@@ -555,15 +564,15 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     own, cfg = model.state_dict(), getattr(model, "pretrained_cfg", {})
     head: Tuple[str, ...] = ("head.fc.weight", "head.fc.bias")
     if head[0] in state_dict and state_dict[head[0]].shape[:1] == (model.num_classes,):
-        cfg["num_classes"] = model.num_classes  # what the file has: timm drops a classifier of which the cfg is silent
+        cfg["num_classes"] = model.num_classes  # as in the file: timm drops a classifier that differs from the cfg
     if model.num_classes == cfg.get("num_classes", model.num_classes):
-        head = ()  # has to be there, and to fit
+        head = ()  # the classifier must be present and fit
 
     def shape(key: str, tensor: Tensor) -> Tuple[int, ...]:
         return tuple(tensor.shape[i] for i in range(tensor.ndim) if key != "stem.proj.weight" or i != 1)
 
     problems = {
-        # Frozen norms are saved without their count of batches, which torch fills in.
+        # Frozen norms are saved without `num_batches_tracked`, which torch fills in.
         "missing": [k for k in own if not (k in state_dict or k in head or k.endswith(".num_batches_tracked"))],
         "unexpected": [k for k in state_dict if not (k in own or k in head)],
         "of another shape": [
@@ -582,8 +591,8 @@ def checkpoint_filter_fn(state_dict: Dict[str, Any], model: nn.Module) -> Dict[s
     return state_dict
 
 
-# What `pretrained=True` passes through on its way to timm: (variant, arguments) -> arguments. `container.weights` puts
-# its verification of files here; without it, this file is a timm model file like any other.
+# Hook that `pretrained=True` calls before timm: (variant, arguments) -> arguments. `container.weights` installs its
+# verification of files here. Without it, this file is an ordinary timm model file.
 provide: Optional[Callable[[str, Dict[str, Any]], Dict[str, Any]]] = None
 
 
@@ -591,7 +600,7 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     if pretrained and provide is not None:
         kwargs = provide(variant, kwargs)
     if kwargs.get("features_only"):
-        kwargs.setdefault("num_classes", 0)  # features have no classifier, so any checkpoint's will do
+        kwargs.setdefault("num_classes", 0)  # features need no classifier, so a checkpoint's may have any width
     model = build_model_with_cfg(
         Container,
         variant,
@@ -600,10 +609,10 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         feature_cfg=dict(out_indices=(0, 1, 2, 3), flatten_sequential=True),
         **kwargs,
     )
-    model.pretrained_cfg.pop("state_dict", None)  # type: ignore # or the model would hold its weights twice
+    model.pretrained_cfg.pop("state_dict", None)  # type: ignore # otherwise the model would hold its weights twice
     if pretrained:
         for tensor in (*model.parameters(), *model.buffers()):
-            tensor._is_hf_initialized = True  # type: ignore # else transformers' from_pretrained resets batch norms
+            tensor._is_hf_initialized = True  # type: ignore # or transformers' from_pretrained would reset batch norms
     return model
 
 
@@ -635,15 +644,15 @@ _PHOTOS: Dict[str, Any] = dict(input_size=(3, 128, 128), pool_size=(4, 4), crop_
 
 
 def _distilled(name: str, folder: str = "pretrained") -> Dict[str, Any]:
-    """Weights that have learned what EfficientNet-Lite2 says of photos at 128 pixels."""
+    """Returns the cfg of weights distilled from EfficientNet-Lite2 on photos at 128 pixels."""
     return _cfg(file=_file(name, folder), license="other", **_PHOTOS)
 
 
 default_cfgs = generate_default_cfgs(
     {
         "container_light.lite2_dist": _distilled("container_light.lite2_dist", "../weights"),  # too large for a wheel
-        # The star, and its place, keep it the default, with 224 pixels. No url: the authors' file lies on a share,
-        # without a hash. `container weights fetch` brings and pins it.
+        # The star, and its position after the entry above, make this the default, with 224 pixels. It has no url,
+        # because the authors' file is on a share, without a hash. `container weights fetch` downloads and pins it.
         "container_light.ai2_in1k*": _cfg(origin_url="https://github.com/allenai/container", license="unknown"),
         "container_light_mlp4.untrained": _cfg(),
         "container_light_nano.lite2_dist": _distilled("container_light_nano.lite2_dist"),
@@ -676,12 +685,12 @@ default_cfgs = generate_default_cfgs(
     }
 )
 
-# A token matrix of every head over 56 x 56 or 28 x 28 tokens would hold more parameters than the rest of the network.
+# A dense token matrix per head on 56 x 56 or 28 x 28 tokens would have more parameters than the rest of the network.
 _RANKS = (16, 16, 0, 0)
 
-# The family's scaling rule. Width w multiplies the channels 64/128/320/512, rounded to 8, and depth stays 3/4/8/3:
-# tiny w = 9/16, base w = 25/16, heads of dimension 32. Nano halves again, w = 1/4, and is shallower and of heads of
-# dimension 16, as 32 would leave its first stages without one.
+# The family's scaling rule. The width w multiplies the channels 64/128/320/512, rounded to multiples of 8. Depths stay
+# 3/4/8/3. Tiny has w = 9/16 and base has w = 25/16, both with head dimension 32. Nano has w = 1/4, fewer blocks, and
+# head dimension 16, because 32 is more than the 16 channels of its first stage.
 _NANO = dict(depths=(2, 3, 6, 2), embed_dims=(16, 32, 80, 128), num_heads=(1, 2, 5, 8))
 
 
@@ -689,8 +698,8 @@ _NANO = dict(depths=(2, 3, 6, 2), embed_dims=(16, 32, 80, 128), num_heads=(1, 2,
 def container_light(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER-LIGHT as released: static 5x5 convolution everywhere, attention mixed in in stage 4.
 
-    Released fact: this configuration, 20,633,643 parameters, 82.3 % ImageNet-1k top-1 in the authors' README. The
-    paper's numbers fit a smaller one, `container_light_mlp4`.
+    Known from the release: this configuration, 20,633,643 parameters, and 82.3 % ImageNet-1k top-1 accuracy in the
+    authors' README. The paper's numbers match a smaller configuration, `container_light_mlp4`.
     """
     model_args = dict(mlp_ratios=(8, 8, 4, 4))
     return _create_container("container_light", pretrained, **dict(model_args, **kwargs))
@@ -700,7 +709,7 @@ def container_light(pretrained: bool = False, **kwargs: Any) -> Container:
 def container_light_mlp4(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER-LIGHT with MLP ratio 4 in every stage. Reconstruction.
 
-    Fits the "20M, 82.0" of the authors' first README, and the paper's 20M; the release differs.
+    It matches the "20M, 82.0" of the authors' first README and the paper's 20M parameters; the release differs.
     """
     return _create_container("container_light_mlp4", pretrained, **kwargs)
 
@@ -736,8 +745,8 @@ def container_light_base(pretrained: bool = False, **kwargs: Any) -> Container:
 def container(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER: attention and 5x5 convolution mixed in every stage, gated by free alpha and beta. Reconstruction.
 
-    `container_light_mlp4` with heads of dimension 32 in every stage matches the paper's 22M. No code of it was
-    released.
+    `container_light_mlp4` with attention of head dimension 32 in every stage matches the paper's 22M parameters. Its
+    code was never released.
     """
     model_args = dict(dynamic="attention", gate="free")
     return _create_container("container", pretrained, **dict(model_args, **kwargs))
@@ -754,7 +763,7 @@ def container_nano(pretrained: bool = False, **kwargs: Any) -> Container:
 def container_pam(pretrained: bool = False, **kwargs: Any) -> Container:
     """CONTAINER-PAM: a matrix per head added to attention after the softmax, alpha = beta = 1. Reconstruction.
 
-    The paper's listing modifies DeiT; this is the same change to `container`. Tied to its image size.
+    The paper's listing modifies DeiT; this makes the same change to `container`. The model is tied to its image size.
     """
     model_args = dict(dynamic="attention", static="matrix", gate="sum", ranks=_RANKS)
     return _create_container("container_pam", pretrained, **dict(model_args, **kwargs))

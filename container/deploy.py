@@ -1,7 +1,7 @@
-"""Exports models for other runtimes. Files are made from the fused model, and kept only if their answers equal its own.
+"""Exports models to other runtimes.
 
-A file comes with what is needed to run it: preprocessing and class names, as JSON under `container` in the file's
-metadata.
+Files are exported from the fused model, and kept only if their outputs match those of the unfused model. Each file
+stores what is needed to run it: preprocessing and class names, as JSON under `container` in its metadata.
 """
 
 import contextlib
@@ -30,28 +30,28 @@ from .predict import class_names
 __all__ = ["FORMATS", "Exported", "export", "preprocessing"]
 
 FORMATS = dict(onnx=".onnx", openvino=".xml", executorch=".pte", pt2=".pt2", torchscript=".pt")
-"""The formats, and the suffix of their files."""
-KEY = "container"  # of the metadata
-BOUND = 1e-3  # largest difference of an answer, as a share of the largest number in it
+"""Export formats and the suffixes of their files."""
+KEY = "container"  # key in the metadata
+BOUND = 1e-3  # largest allowed difference of an output, relative to its largest value
 _NEEDS = 'pip install "container-timm[deploy]"'
 
 Run = Callable[[Tensor], list[Tensor]]
 
 
 class Exported(NamedTuple):
-    """An exported file, and its measurements on this machine.
+    """Exported file and its measurements on this machine.
 
     Attributes:
         files: The file, and any files that belong to it.
-        difference: Largest difference from the model's answers, relative to the largest value in them.
+        difference: Largest difference from the model's outputs, relative to their largest value.
         bytes: Total size of the files.
         load_seconds: Time until its runtime is ready.
-        milliseconds: Latency at batch 1, or None if the file does not take it.
+        milliseconds: Latency at batch size 1, or None if the file does not accept it.
         images_per_second: Throughput in batches of `batch`.
         batch: Batch size.
-        agreement: For int8, the share of calibration photos with the same class as from the model.
+        agreement: For int8, the share of calibration photos for which file and model predict the same class.
         in_float: Layers left in float, because int8 would cost too much accuracy.
-        accuracy: Top-1 of the model and of the file in percent, and the number of photos.
+        accuracy: Top-1 accuracy of the model and of the file in percent, and the number of photos.
     """
 
     files: list[Path]
@@ -67,7 +67,7 @@ class Exported(NamedTuple):
 
 
 def preprocessing(model: nn.Module) -> dict[str, Any]:
-    """Preprocessing and class names of a model, stored under `container` in its file.
+    """Returns the preprocessing and the class names of a model, stored under `container` in its file.
 
     Args:
         model: A timm model.
@@ -80,7 +80,7 @@ def preprocessing(model: nn.Module) -> dict[str, Any]:
 
 
 class _Outputs(nn.Module):
-    """The answers of a model as a tuple, whether they are logits or maps."""
+    """Wrapper that returns the outputs of a model as a tuple, whether they are logits or feature maps."""
 
     def __init__(self, model: nn.Module) -> None:
         super().__init__()
@@ -100,27 +100,28 @@ def export(
     calibrate: str | Path | None = None,
     evaluate: str | Path | None = None,
 ) -> Exported:
-    """Exports a model for another runtime, and compares the file's answers with those of the unfused model.
+    """Exports a model to another runtime, and compares the file's outputs with those of the unfused model.
 
-    The input is `images`, float32 (batch, channels, height, width), prepared according to `preprocessing`. Outputs are
-    `logits`, or `stage1` to `stage4` of a model made with `features_only=True`.
+    The input is `images`, float32 (batch, channels, height, width), prepared according to `preprocessing`. The outputs
+    are `logits`, or `stage1` to `stage4` for a model created with `features_only=True`.
 
     Args:
         model: A timm model in evaluation mode, in float32.
-        out: The file, with the suffix of its format.
+        out: Output file, with the suffix of its format.
         format: One of `FORMATS`.
         batch: Batch size, or None for any.
         dynamic_size: Whether to accept any height and width.
-        calibrate: Folder of photos to calibrate int8 with, for ONNX and OpenVINO; None for float32. int8 answers are
-            not compared; instead the file has to predict the model's class on 95 % of these photos.
-        evaluate: Folder of class folders on which to measure the accuracy of both.
+        calibrate: Folder of photos for int8 calibration, for ONNX and OpenVINO; None for float32. int8 outputs are not
+            compared with the model's. Instead, the file must predict the model's class for 95 % of these photos.
+        evaluate: Folder of class folders on which to measure the top-1 accuracy of model and file.
 
     Raises:
         ImportError: The format's package, or NNCF for int8, is not installed.
         OSError: The file cannot be written.
-        ValueError: The model is tied to its size, the suffix is not the format's, or the answers differ by more than
-            `BOUND`. For int8: the format has none, the outputs are feature maps, or too many classes differ. No file is
-            left behind.
+        ValueError: The model is in training mode or cannot be converted, the suffix is not the format's, or the outputs
+            differ by more than `BOUND`. With `dynamic_size`: the model is tied to its image size. For ExecuTorch: the
+            input shape is not fixed. For int8: the format does not support it, the outputs are feature maps, or too
+            many predicted classes differ. No file is left behind.
     """
     out, network = Path(out), model
     if model.training:
@@ -134,7 +135,7 @@ def export(
     cfg: Any = getattr(network, "pretrained_cfg", {})
     if dynamic_size and cfg.get("fixed_input_size"):
         raise ValueError(f"{cfg.get('architecture')} is tied to images of {side[0]} x {side[1]} pixels")
-    count = batch or 2  # torch.export takes 1 for a constant
+    count = batch or 2  # torch.export treats a dimension of size 1 as a constant
     example = torch.randn(count, channels, *side)
     wrapped = _Outputs(fuse(model)).eval()
     names, dims = _output_names(wrapped, example), _dynamic(model, batch, dynamic_size)
@@ -146,15 +147,15 @@ def export(
         if names != ["logits"]:
             raise ValueError("--int8 compares the classes of photos, and --features-only has no classes")
         photos = int8.calibration(model, calibrate)
-        told["precision"] = "f32"  # of what is not in int8; OpenVINO is slower if it is bfloat16
+        told["precision"] = "f32"  # of the layers not in int8; OpenVINO is slower with bfloat16
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as folder, torch.no_grad(), _quiet():
         scratch, agreement, in_float = Path(folder, out.name), None, []
-        first = format if photos is None else "onnx"  # OpenVINO reads int8 from there
+        first = format if photos is None else "onnx"  # OpenVINO's int8 file is converted from ONNX
         written = scratch.with_suffix(FORMATS[first])
         try:
             _WRITERS[first](wrapped, example, {"images": dims} if dims else None, names, json.dumps(told), written)
-        except (RuntimeError, torch._dynamo.exc.UserError) as error:  # of the exporters and OpenVINO's converter
+        except (RuntimeError, torch._dynamo.exc.UserError) as error:  # raised by the exporters and OpenVINO's converter
             reason = str(error.__cause__ or error).strip().splitlines()[0]
             raise ValueError(f"{first} cannot write this model: {reason}") from error
         run, loaded = _load(first, written)
@@ -196,16 +197,16 @@ def _output_names(model: _Outputs, images: Tensor) -> list[str]:
 
 
 def _dynamic(model: nn.Module, batch: int | None, dynamic_size: bool) -> dict[int, Any]:
-    """The dimensions of a batch of images that are left open."""
+    """Returns the dynamic dimensions of the input."""
     dims: dict[int, Any] = {} if batch else {0: torch.export.Dim("batch")}
     if dynamic_size:
-        least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export takes one for a constant
+        least = pixels_per_token(model) + 1  # two tokens in the last stage: torch.export treats size 1 as a constant
         dims |= {2: torch.export.Dim("height", min=least), 3: torch.export.Dim("width", min=least)}
     return dims
 
 
 def _load(format: str, path: Path) -> tuple[Run, float]:
-    """A file's runtime, and the seconds until it can answer."""
+    """Loads a file into its runtime, and returns the function that runs it and the load time in seconds."""
     start = time.perf_counter()
     return _RUNNERS[format](path), time.perf_counter() - start
 
@@ -217,7 +218,7 @@ def _difference(model: nn.Module, run: Run, images: Tensor) -> float:
 
 
 def _seconds(run: Run, images: Tensor, least: int = 5, budget: float = 2.0) -> float:
-    """The median over calls: at least so many, for so many seconds."""
+    """Returns the median time of a call, over at least `least` calls and `budget` seconds."""
     run(images)
     times: list[float] = []
     while len(times) < least or sum(times) < budget:
@@ -229,7 +230,7 @@ def _seconds(run: Run, images: Tensor, least: int = 5, budget: float = 2.0) -> f
 
 @contextlib.contextmanager
 def _quiet() -> Iterator[None]:
-    """Without what exporters say of themselves."""
+    """Suppresses warnings and log messages of the exporters."""
     before = logging.root.manager.disable
     logging.disable(logging.WARNING)
     try:
@@ -240,7 +241,7 @@ def _quiet() -> Iterator[None]:
         logging.disable(before)
 
 
-# ----------------------------------------------------------------------------------------------- writing, by the format
+# --------------------------------------------------------------------------------------------------- writing, by format
 
 
 def _write_onnx(
@@ -265,7 +266,7 @@ def _write_openvino(
 
 
 def _save_openvino(source: Any, names: list[str], told: str, path: Path) -> None:
-    """Of an exported program, or of an ONNX file."""
+    """Saves an exported program or an ONNX file in OpenVINO's format."""
     try:
         import openvino
     except ImportError:
@@ -286,9 +287,9 @@ def _write_executorch(
         from executorch.exir.error import ExportError
     except ImportError:
         raise ImportError(f"--format executorch needs executorch: {_NEEDS.replace('deploy', 'executorch')}") from None
-    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # it cannot read channels_last weights
+    plain = copy.deepcopy(model).to(memory_format=torch.contiguous_format)  # ExecuTorch cannot read channels_last
     exported = torch.export.export(plain, (example,), dynamic_shapes=dims, strict=False)
-    try:  # its files have no metadata; a method that returns a text is what they have
+    try:  # its files have no metadata, so a method returns the text instead
         edge = to_edge_transform_and_lower(exported, partitioner=[XnnpackPartitioner()], constant_methods={KEY: told})
         path.write_bytes(edge.to_executorch().buffer)
     except ExportError as error:
@@ -308,7 +309,7 @@ def _write_torchscript(
     torch.jit.trace(model, (example,)).save(str(path), _extra_files={KEY: told})
 
 
-# ----------------------------------------------------------------------------------------------- running, by the format
+# --------------------------------------------------------------------------------------------------- running, by format
 
 
 def _run_onnx(path: Path) -> Run:

@@ -1,7 +1,7 @@
-"""Backbones under torchvision's detectors: feature pyramids, RetinaNet, Mask R-CNN.
+"""timm backbones for torchvision's detectors: feature pyramids, RetinaNet, Mask R-CNN.
 
-Source: the paper uses CONTAINER-LIGHT in both, with a feature pyramid network (FPN). Its detection code was never
-released, so these are torchvision's parts with the usual settings.
+Source: the paper uses CONTAINER-LIGHT in both detectors, with a feature pyramid network (FPN). Its detection code was
+never released, so these are torchvision's components with the usual settings.
 """
 
 import copy
@@ -22,17 +22,19 @@ __all__ = ["FeaturePyramid", "feature_pyramid", "mask_rcnn", "retinanet"]
 
 
 class FeaturePyramid(nn.Module):
-    """A timm backbone, made with `features_only=True`, and torchvision's FPN on the last `levels` of its maps, or all.
+    """timm backbone, created with `features_only=True`, with torchvision's FPN on its last `levels` feature maps.
 
-    Image (B, 3, H, W) -> maps by name, the finest first, each (B, out_channels, ceil(H / r), ceil(W / r)) for its r in
-    `reduction`; other families may round down. Arguments and errors are those of `feature_pyramid`. If levels are
-    frozen, the body has to return the last frozen one.
+    Images (B, 3, H, W) -> feature maps by name, finest first. Each is (B, out_channels, ceil(H / r), ceil(W / r)) for
+    its r in `reduction`; backbones of other families may round down. All feature maps are used if `levels` is None.
+
+    The other arguments and the errors are those of `feature_pyramid`. If levels are frozen, `body` must return the last
+    frozen one.
 
     Source: Lin et al., "Feature Pyramid Networks for Object Detection", CVPR 2017, by torchvision.
 
     Attributes:
-        out_channels: Channels of every map, which torchvision's detectors read.
-        reduction: Pixels per position of each map.
+        out_channels: Channels of every feature map, read by torchvision's detectors.
+        reduction: Stride of each feature map, in pixels.
     """
 
     def __init__(
@@ -55,27 +57,27 @@ class FeaturePyramid(nn.Module):
         self.train()
 
     def train(self, mode: bool = True) -> "FeaturePyramid":
-        """Training mode for all but the frozen stages."""
+        """Sets the training mode; frozen stages stay in evaluation mode."""
         super().train(mode)
         for name in self.frozen:
             self.body.get_submodule(name).eval()
         return self
 
     def forward(self, x: Tensor) -> dict[str, Tensor]:
-        """(B, 3, H, W) -> maps by name."""
+        """Computes feature maps by name from images (B, 3, H, W)."""
         return self.fpn(OrderedDict((str(i), level) for i, level in enumerate(maps(self.body, x)[-self.levels :])))
 
 
 def maps(body: nn.Module, x: Tensor) -> list[Tensor]:
-    """The maps of a timm model as (B, C, H, W), whatever its own layout."""
+    """Returns the feature maps of a timm model as (B, C, H, W), even if its own layout is NHWC."""
     return [m.permute(0, 3, 1, 2) if getattr(body, "output_fmt", None) == "NHWC" else m for m in body(x)]
 
 
 def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
     """Freezes the parameters that a level depends on, and returns the names of their modules.
 
-    The autograd graph of a trial pass on device meta shows them. Module names and order are not enough: wrappers
-    change the names.
+    Both are found from the autograd graph of a trial forward pass on the meta device. Module names and order are not
+    sufficient, because wrappers change the names.
     """
     twin: Any = copy.deepcopy(body).to("meta", torch.float32).train()
     made: dict[nn.Module, set[Any]] = defaultdict(set)
@@ -106,7 +108,7 @@ def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
 
 
 def features(name: str, **options: Any) -> Any:
-    """A timm model with `features_only=True`; models that are tied to one image size are refused."""
+    """Creates a timm model with `features_only=True`; rejects models that are tied to one image size."""
     cfg = timm.get_pretrained_cfg(name)
     if cfg is not None and cfg.fixed_input_size:
         raise ValueError(f"{name} is tied to one image size, and detectors see many")
@@ -124,21 +126,21 @@ def feature_pyramid(
     drop_path_rate: float = 0.0,
     grad_checkpointing: bool = False,
 ) -> FeaturePyramid:
-    """A feature pyramid on any timm model that takes images of any size.
+    """Creates a feature pyramid on any timm model that accepts images of any size.
 
     Args:
         name: Model name, as in `timm.create_model`.
-        pretrained: Start from its pretrained weights.
-        levels: Number of maps, counted from the coarsest: 4 for strides 4 to 32, 3 for strides 8 to 32.
-        coarser: Number of additional, coarser maps: 1 by pooling (Mask R-CNN), 2 by convolutions of stride 2
+        pretrained: Whether to load pre-trained weights.
+        levels: Number of feature maps, counted from the coarsest: 4 for strides 4 to 32, 3 for strides 8 to 32.
+        coarser: Number of additional, coarser feature maps: 1 by pooling (Mask R-CNN), 2 by convolutions of stride 2
             (RetinaNet).
-        out_channels: Channels of every map.
+        out_channels: Channels of every feature map.
         norm: 'frozen' for batch norms with fixed statistics and scales, or a timm name such as 'groupnorm1'. None means
-            'frozen' with pretrained weights, because detectors' batches are small, and the model's own norm otherwise.
+            'frozen' with pre-trained weights, because detectors use small batches, and the model's own norm otherwise.
         frozen_stages: Number of feature levels, counted from the image, that are not trained. They get no gradients,
             and their norms and stochastic depth stay in evaluation mode, even after `train()`.
-        drop_path_rate: Stochastic depth of the backbone's last block.
-        grad_checkpointing: Recompute blocks in the backward pass, which saves most of the backbone's memory.
+        drop_path_rate: Stochastic depth rate of the backbone's last block.
+        grad_checkpointing: Whether to recompute blocks in the backward pass, which saves most of the backbone's memory.
 
     Raises:
         RuntimeError: timm has no such model, or no such weights.
@@ -151,11 +153,11 @@ def feature_pyramid(
     if not 1 <= levels <= depth:
         raise ValueError(f"levels {levels} is not in 1 to {depth}, the levels of {name}")
     indices = tuple(range(min(depth - levels, (frozen_stages - 1) % depth), depth))
-    options = dict(pretrained=pretrained, out_indices=indices, drop_path_rate=drop_path_rate or None)  # None: dropped
+    options = dict(pretrained=pretrained, out_indices=indices, drop_path_rate=drop_path_rate or None)  # timm drops None
     try:
         try:
             body: Any = features(name, norm_layer=None if norm == "frozen" else norm, **options)
-        except (AssertionError, KeyError, TypeError):  # some of timm's models take a norm by its class alone
+        except (AssertionError, KeyError, TypeError):  # some timm models accept a norm only as a class
             body = features(name, norm_layer=norms.get(str(norm)), **options)
     except (AssertionError, KeyError, TypeError) as error:
         raise ValueError(f"{name}, {levels=}, {frozen_stages=}, {norm=}, {drop_path_rate=}: {error!r}") from error
@@ -169,19 +171,20 @@ def feature_pyramid(
 def retinanet(
     name: str, num_classes: int, min_size: int = 800, max_size: int = 1333, levels: int = 3, **pyramid: Any
 ) -> RetinaNet:
-    """torchvision's RetinaNet on a backbone: three levels and two coarser ones, nine anchors at each position.
+    """Creates torchvision's RetinaNet on a timm backbone: three levels, two coarser ones, nine anchors per position.
 
-    At stride r the anchors are squares and rectangles of 1:2 and 2:1, with sides of 4 r, 5 r and 6.3 r pixels.
+    At stride r, anchors have aspect ratios 1:2, 1:1 and 2:1, and the areas of squares with sides of 4 r, 5 r and 6.3 r
+    pixels.
 
     Source: Lin et al., "Focal Loss for Dense Object Detection", ICCV 2017. Sizes are the usual ones on COCO.
 
     Args:
         name: timm name of the backbone.
         num_classes: Number of classes, labelled 0 to `num_classes` - 1.
-        min_size: Images are resized to this short side, in pixels.
+        min_size: Short side that images are resized to, in pixels.
         max_size: Upper limit of the long side, in pixels.
-        levels: Number of the backbone's maps.
-        **pyramid: Further arguments of `feature_pyramid`, whose errors it also raises.
+        levels: Number of feature maps from the backbone.
+        **pyramid: Further arguments of `feature_pyramid`. Its errors are raised here too.
     """
     backbone = feature_pyramid(name, levels=levels, coarser=2, **pyramid)
     sizes = tuple(tuple(int(4 * r * 2 ** (i / 3)) for i in range(3)) for r in backbone.reduction)
@@ -189,11 +192,11 @@ def retinanet(
 
 
 def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 1333, **pyramid: Any) -> MaskRCNN:
-    """torchvision's Mask R-CNN on a backbone: four levels and a pooled one, three anchors at each position.
+    """Creates torchvision's Mask R-CNN on a timm backbone: four levels, one pooled level, three anchors per position.
 
-    At stride r the anchors are a square and rectangles of 1:2 and 2:1, with a side of 8 r pixels.
+    At stride r, anchors have aspect ratios 1:2, 1:1 and 2:1, and the area of a square with a side of 8 r pixels.
 
-    Source: He et al., "Mask R-CNN", ICCV 2017. Arguments as for `retinanet`, but the background counts as class 0.
+    Source: He et al., "Mask R-CNN", ICCV 2017. Arguments as in `retinanet`, but the background counts as class 0.
     """
     backbone = feature_pyramid(name, coarser=1, **pyramid)
     sizes = tuple((8 * r,) for r in backbone.reduction)

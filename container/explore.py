@@ -1,8 +1,9 @@
-"""A web page to click on a photo, see what that token reads, and watch convolution turn into attention.
+"""Web page that shows what a token of a photo reads, and how convolution turns into attention.
 
-`container explore [PHOTO] --model NAME[.tag]` serves it on this machine. Maps are tiny pictures, one pixel per token,
-which the browser enlarges over the photo. The blocks' input maps are kept, so a click costs one backward pass through
-each affinity of one block, as in `figures.rows`. Moving alpha or beta costs no pass: the mixed row is a sum of two.
+`container explore [PHOTO] --model NAME[.tag]` serves it on this machine. The maps are small images with one pixel per
+token, which the browser enlarges over the photo. The input feature maps of all blocks are cached, so a click costs one
+backward pass through each affinity of one block, as in `figures.rows`. Moving alpha or beta needs no new pass for the
+maps, because the mixed row is a weighted sum of two cached rows. Only the classes need another forward pass.
 """
 
 import base64
@@ -49,26 +50,26 @@ __all__ = [
 ]
 
 MODELS = ("container_nano.lite2_dist", "container_light_nano.lite2_dist", "container_mixer")
-"""Names to choose from, the first of which the page begins with."""
+"""Models offered by default; the page starts with the first."""
 _MEGABYTES = 10
 _MEGAPIXELS = 50
 _KINDS = ("JPEG", "PNG", "WEBP")
 _TOP = 5
-_STEP = 0.001  # of alpha and beta
+_STEP = 0.001  # slider step of alpha and beta
 _TITLE = "What does a token read?"
 
 
 class BlockInfo(NamedTuple):
-    """A block that the page can show.
+    """Block that the page can show.
 
     Attributes:
         name: Name of its aggregation in the model.
         stage: Index of its stage, from 0.
         stride: Pixels per token.
         heads: Number of heads to choose from; a static affinity may have several matrices per head.
-        alpha: The learned weight of its dynamic affinity.
-        beta: The learned weight of its static affinity.
-        kinds: 'dynamic', 'static', or both, and 'mixed'.
+        alpha: Learned weight of its dynamic affinity.
+        beta: Learned weight of its static affinity.
+        kinds: Its affinities: 'dynamic', 'static' or both, followed by 'mixed'.
     """
 
     name: str
@@ -81,12 +82,12 @@ class BlockInfo(NamedTuple):
 
     @property
     def gated(self) -> bool:
-        """Whether there are two affinities to mix."""
+        """Whether the block has two affinities to mix."""
         return len(self.kinds) == 3
 
 
 class Row(NamedTuple):
-    """What a token reads.
+    """Row of an affinity: how much one token reads from every token.
 
     Attributes:
         values: (H, W), |A_ij| over all tokens j, averaged over heads.
@@ -100,12 +101,12 @@ class Row(NamedTuple):
 
 
 class Explorer:
-    """Computes what a token of a photo reads in any block of a model; safe to call from several threads.
+    """Thread-safe computation of what a token of a photo reads in any block of a model.
 
-    A photo is the square that the model sees, as `side` x `side` x 3 bytes of RGB.
+    A photo is passed as the square that the model sees: `side` x `side` x 3 bytes of RGB.
 
     Args:
-        model: In evaluation mode, not fused.
+        model: Model in evaluation mode, not fused.
         side: Side of the square in pixels.
 
     Raises:
@@ -117,7 +118,7 @@ class Explorer:
             raise ValueError(f"{type(model).__name__} has no affinities to look into")
         self.model, self.side = model, side
         self.classes = class_names(model)
-        # Also of the passes that read the model: one of them may have another gate in it.
+        # Held during every forward pass, because `_mixed_by` temporarily replaces the gate of a block.
         self._lock = threading.Lock()
         self._config = resolve_model_data_config(model) | dict(
             input_size=(3, side, side), crop_pct=1.0, crop_mode="center"
@@ -130,7 +131,7 @@ class Explorer:
             self.blocks.append(
                 BlockInfo(name, stage, stride, math.gcd(*matrices.values()), alpha, beta, tuple(matrices))
             )
-        # Of a handful of photos, and of the places between which one goes back and forth.
+        # Caches for a few photos, and for the positions that a visitor returns to.
         self.maps = lru_cache(8)(self._maps)
         self.rows = lru_cache(64)(self._rows)
         self.probabilities = lru_cache(64)(self._probabilities)
@@ -141,7 +142,7 @@ class Explorer:
         return module
 
     def block(self, number: int) -> BlockInfo:
-        """A block by its number.
+        """Returns a block by its number.
 
         Args:
             number: Number of the block, from 1.
@@ -157,7 +158,7 @@ class Explorer:
         return figures.seen(Image.frombytes("RGB", (self.side, self.side), photo), self._config)[0]
 
     def _maps(self, photo: bytes) -> dict[str, Tensor]:
-        """The map (1, C, H, W) that enters each aggregation, by its name."""
+        """Returns the input feature map (1, C, H, W) of each aggregation, by name."""
         found = {}
 
         def see(name: str, aggregation: Aggregation, map_: Tensor) -> None:
@@ -168,7 +169,7 @@ class Explorer:
         return found
 
     def _rows(self, photo: bytes, number: int, token: tuple[int, int]) -> dict[str, Tensor]:
-        """A token's row (M, H, W) of each affinity of a block, by 'dynamic' and 'static'."""
+        """Returns a token's row (M, H, W) of each affinity of a block, under 'dynamic' and 'static'."""
         block = self.block(number)
         x = self.maps(photo)[block.name]
         return {
@@ -180,15 +181,18 @@ class Explorer:
     def look(
         self, photo: bytes, number: int, pixel: tuple[int, int], alpha: float, beta: float, head: int = 0
     ) -> dict[str, Row]:
-        """What the token at a pixel reads in a block, under 'dynamic', 'static' and 'mixed' if the block has it.
+        """Computes what the token at a pixel reads in a block.
 
         Args:
             photo: The square.
             number: Number of the block, from 1.
             pixel: (x, y), from the upper left corner.
-            alpha: Weight of the dynamic affinity in the mixed one; 1 if the block has no other.
-            beta: Weight of the static affinity in the mixed one; 1 if the block has no other.
+            alpha: Weight of the dynamic affinity in the mixture. A block with one affinity ignores it and uses 1.
+            beta: Weight of the static affinity in the mixture. A block with one affinity ignores it and uses 1.
             head: Number of the head, from 1; 0 for the mean over all heads.
+
+        Returns:
+            Rows under 'dynamic' and 'static', as far as the block has them, and under 'mixed'.
 
         Raises:
             ValueError: There is no such block, head or pixel.
@@ -203,7 +207,7 @@ class Explorer:
         rows = dict(self.rows(photo, number, token))
         heads = math.lcm(*map(len, rows.values()))
         weight = dict(dynamic=alpha, static=beta) if block.gated else dict.fromkeys(rows, 1.0)
-        # As `Aggregation.matrix` writes it out.
+        # The same mixture as in `Aggregation.matrix`.
         spread = [weight[kind] * row.repeat_interleave(heads // len(row), dim=0) for kind, row in rows.items()]
         rows["mixed"] = torch.stack(spread).sum(0)
         found = {}
@@ -216,7 +220,7 @@ class Explorer:
 
     @contextmanager
     def _mixed_by(self, block: BlockInfo, alpha: float, beta: float) -> Iterator[None]:
-        """Another gate in a block; the caller holds the lock."""
+        """Temporarily replaces the gate of a block; the caller must hold the lock."""
         aggregation = self._aggregation(block.name)
         learned, gate = aggregation.gate, FreeGate()
         nn.init.constant_(gate.alpha, alpha)
@@ -228,7 +232,7 @@ class Explorer:
             aggregation.gate = learned
 
     def _probabilities(self, photo: bytes, number: int, alpha: float, beta: float) -> Tensor:
-        """Of each class, by the model with these alpha and beta in one block."""
+        """Returns the probability of each class, with the given alpha and beta in one block."""
         block = self.block(number)
         with torch.no_grad(), self._lock, self._mixed_by(block, alpha, beta):
             logits: Tensor = self.model(self._given(photo))[0]
@@ -236,7 +240,7 @@ class Explorer:
 
 
 class Pane(NamedTuple):
-    """The settings of one model on the page.
+    """Settings of one model on the page.
 
     Attributes:
         model: Name of the model.
@@ -254,7 +258,7 @@ class Pane(NamedTuple):
 
 
 def link(pixel: tuple[int, int], panes: Sequence[Pane]) -> str:
-    """The query of a link to what is on the page, `?x=64&y=40&model=...`; `read_link` reads it."""
+    """Returns the query string of a link to the current view, `?x=64&y=40&model=...`; `read_link` parses it."""
     query: dict[str, Any] = dict(x=pixel[0], y=pixel[1])
     for pane, end in zip(panes, ("", "2"), strict=False):
         query |= {f"{key}{end}": value for key, value in pane._asdict().items() if value is not None}
@@ -262,7 +266,7 @@ def link(pixel: tuple[int, int], panes: Sequence[Pane]) -> str:
 
 
 def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[int, int] | None, list[Pane]]:
-    """Reads the pixel (x, y), if there is one, and the panes from a link.
+    """Parses the pixel (x, y), or None, and the panes from a link.
 
     Args:
         query: Parameters of the link; unknown ones are ignored.
@@ -296,10 +300,10 @@ def open_upload(path: str | Path) -> Image.Image:
     """Opens a photo that a visitor has uploaded.
 
     Args:
-        path: The file. Messages show its name without its folder.
+        path: The file. Error messages show its name without its folder.
 
     Raises:
-        ValueError: It is not a JPEG, PNG or WebP, is damaged, or is too large.
+        ValueError: The file is not a JPEG, PNG or WebP, is damaged, or is too large.
     """
     name = Path(path).name
     if os.path.getsize(path) > _MEGABYTES * 10**6:
@@ -307,7 +311,7 @@ def open_upload(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=_KINDS) as image:
             pixels = image.width * image.height
-    except Exception:  # whatever a damaged or foreign file makes a decoder raise
+    except Exception:  # decoders raise nearly anything for damaged or foreign files
         raise ValueError(f"{name} cannot be read as a JPEG, PNG or WebP photo") from None
     if pixels > _MEGAPIXELS * 10**6:
         raise ValueError(f"{name} has more than {_MEGAPIXELS} million pixels")
@@ -318,7 +322,7 @@ def open_upload(path: str | Path) -> Image.Image:
 
 
 def paint(values: Tensor) -> Image.Image:
-    """A map (H, W) in colours, from 0 to its largest value, one pixel a token."""
+    """Colours a map (H, W) from 0 to its largest value, with one pixel per token."""
     shares = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
     return Image.fromarray(_colors(shares.numpy(force=True), bytes=True)[..., :3])
 
@@ -344,7 +348,7 @@ convolution, <span class="static"><i>A</i></span>, is learned once for all photo
 reads is bright. Move <i>α</i> and <i>β</i>: convolution becomes attention, and the answer changes.</p>
 """
 
-# The place is in the page's style, so that a circle in every picture follows without being drawn again.
+# The position is kept in the page's CSS, so that the circle in every picture moves without redrawing the pictures.
 _PHOTO = """
 <div class="spot photo" tabindex="0" role="application" aria-label="Photo. Click a place, or move it by arrow keys.">
 <div class="picture"></div><div class="ring"></div></div>
@@ -417,7 +421,7 @@ _TITLES = {
 
 
 def _maps_page(views: dict[str, Row], block: BlockInfo, side: int) -> str:
-    """Three maps beside each other, and what their colours mean."""
+    """Returns the HTML of the three maps side by side, with a colour legend."""
     found = []
     for kind, (word, formula) in _TITLES.items():
         title = f"<h3>{word} <span>{formula}</span></h3>"
@@ -443,7 +447,7 @@ def _maps_page(views: dict[str, Row], block: BlockInfo, side: int) -> str:
 
 
 def _classes_page(names: Sequence[str], now: Tensor, learned: Tensor) -> str:
-    """The most likely classes as bars; a line in each is where the learned alpha and beta have it."""
+    """Returns the HTML of the most likely classes as bars; lines mark the values with learned alpha and beta."""
     moved = not torch.equal(now, learned)
     lines = []
     for i in now.topk(min(_TOP, len(names))).indices.tolist():
@@ -458,7 +462,7 @@ def _classes_page(names: Sequence[str], now: Tensor, learned: Tensor) -> str:
 
 
 class _Controls(NamedTuple):
-    """What a visitor sets for one model, and where the answer is drawn: Gradio's components."""
+    """Gradio components of one model: its settings and its outputs."""
 
     box: Any
     model: Any
@@ -475,7 +479,7 @@ class _Controls(NamedTuple):
 
 
 class _Models:
-    """The models of a page, which are made when they are first looked into, and what they all see of a photo."""
+    """Models of a page, created on first use, and the square of a photo that all of them see."""
 
     def __init__(self, names: Sequence[str], img_size: int | None) -> None:
         for name in names:
@@ -498,13 +502,14 @@ class _Models:
             return self._made[name]
 
     def square(self, photo: Image.Image) -> bytes:
-        """A photo as the first model sees it in evaluation, cropped and resized; the others see the same."""
+        """Crops and resizes a photo as the first model does in evaluation; the other models see the same square."""
         return figures.seen(photo, self._config)[1].tobytes()
 
     def first_pane(self) -> Pane:
-        """The initial settings: the last block of the earliest stage that mixes two affinities on enough tokens.
+        """Returns the initial settings: the last mixing block of the earliest stage that mixes two affinities.
 
-        The first stage is left out, because its tokens have read little yet.
+        The first stage is skipped if possible, because its tokens have little context yet. If no block mixes two
+        affinities, any block may be chosen.
         """
         blocks = list(enumerate(self[self.names[0]].blocks, 1))
         mixing = [(number, block) for number, block in blocks if block.gated] or blocks
@@ -512,15 +517,15 @@ class _Models:
         return Pane(self.names[0], max(number for number, block in mixing if block.stage == stage))
 
     def first_pixel(self) -> tuple[int, int]:
-        """The pixel at the start: an eye in the sample photo, which reads the other eye."""
+        """Returns the initial pixel: an eye in the sample photo, which reads the other eye."""
         return int(0.35 * self.side), int(0.43 * self.side)
 
     def choices(self) -> list[tuple[str, str]]:
-        """(what a visitor reads, name) of each."""
+        """Returns (label, name) of each model for a dropdown."""
         return [(name if "." in name else f"{name} (random weights)", name) for name in self.names]
 
     def settled(self, pane: Pane) -> Pane:
-        """A pane whose alpha and beta are None where they are the learned ones, to the steps of a slider."""
+        """Returns a pane with alpha and beta set to None if they equal the learned ones within half a slider step."""
         block = self[pane.model].block(pane.block)
         alpha, beta = (
             None if given is None or not block.gated or abs(given - learned) < _STEP / 2 else given
@@ -529,7 +534,7 @@ class _Models:
         return pane._replace(alpha=alpha, beta=beta)
 
     def pages(self, square: bytes, pixel: tuple[int, int], pane: Pane) -> tuple[str, str]:
-        """The maps of a pane and its classes, as HTML."""
+        """Returns the maps and the classes of a pane, as HTML."""
         explorer = self[pane.model]
         block = explorer.block(pane.block)
         alpha = block.alpha if pane.alpha is None else pane.alpha
@@ -541,18 +546,18 @@ class _Models:
 
 
 def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_size: int | None = None) -> Any:
-    """The page, a `gradio.Blocks`.
+    """Builds the page, a `gradio.Blocks`.
 
     Args:
-        models: `NAME.tag` for published weights, `NAME` for random ones. The first is shown; the others are created
-            when chosen.
-        photo: First photo, in RGB; the package's sample if None. Links work for the sample only.
+        models: `NAME.tag` for published weights, `NAME` for random weights. The first is shown; the others are created
+            when selected.
+        photo: Initial photo, in RGB; the package's sample if None. Links work for the sample only.
         img_size: Side in pixels of the square that all models see; that of the first model's weights if None.
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
         RuntimeError: The first model's weights cannot be loaded.
-        ValueError: A model is not of this family, or the image is too small for the first one.
+        ValueError: A model is not of this family, or `img_size` is too small for the first one.
     """
     for module in ("gradio", "matplotlib"):
         if importlib.util.find_spec(module) is None:
@@ -608,7 +613,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
                 two = create_pane(second, 2)
 
         def asked(values: dict[Any, Any]) -> list[Pane]:
-            """The panes that are on the page."""
+            """Returns the panes that are on the page."""
             return [
                 every.settled(Pane(*(values[part] for part in (c.model, c.block, c.head, c.alpha, c.beta))))
                 for c in (one, two)
@@ -621,7 +626,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             return int(values[x]), int(values[y])
 
         def controls(c: _Controls, pane: Pane) -> dict[Any, Any]:
-            """Everything that a visitor may set in a pane, as it is there."""
+            """Returns updates that make the controls show the settings of a pane."""
             blocks = every[pane.model].blocks
             block = every[pane.model].block(pane.block)
             before = [sum(other.stage < b.stage for other in blocks) for b in blocks]
@@ -654,7 +659,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             }
 
         def views(photo: bytes, pixel: tuple[int, int], panes: list[Pane]) -> dict[Any, Any]:
-            """Everything that is drawn."""
+            """Returns updates of everything that is drawn: maps, classes, position and link."""
             found = {}
             for c, pane in zip((one, two), panes, strict=False):
                 found[c.maps], found[c.classes] = every.pages(photo, pixel, pane)
@@ -679,7 +684,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             }
 
         def told(answer: Callable[..., dict[Any, Any]]) -> Callable[..., dict[Any, Any]]:
-            """Shows a visitor's mistake as a line on the page."""
+            """Wraps a handler so that its errors appear as a line on the page."""
 
             @wraps(answer)
             def answered(*args: Any) -> dict[Any, Any]:
@@ -700,7 +705,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             return {x: pixel[0], y: pixel[1]} | views(values[square], pixel, asked(values))
 
         def choose(number: int, change: Callable[[Pane], Pane]) -> Callable[..., dict[Any, Any]]:
-            """Sets a pane to something else."""
+            """Returns a handler that changes the settings of a pane and redraws the page."""
 
             @told
             def chosen(values: dict[Any, Any]) -> dict[Any, Any]:
@@ -712,7 +717,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             return chosen
 
         def of_another(pane: Pane) -> Pane:
-            """A pane of a model that has been chosen, with its learned alpha and beta, at the same block if it can."""
+            """Returns a pane with default settings for a newly selected model, at the same block if it has one."""
             return Pane(pane.model, min(pane.block, len(every[pane.model].blocks)))
 
         def of_block(pane: Pane) -> Pane:
@@ -792,7 +797,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
 
 
 def _check_address(host: str, port: int) -> None:
-    """Known before the model is made, and in words of one's own."""
+    """Checks that the server can listen at an address, before the model is created and with a readable error."""
     if not 0 < port < 2**16:
         raise ValueError(f"there is no port {port}: they go from 1 to {2**16 - 1}")
     try:
@@ -813,7 +818,7 @@ def serve(
 
     Args:
         models: As in `build`.
-        photo: File with the first photo; the package's sample if None.
+        photo: File with the initial photo; the package's sample if None.
         img_size: As in `build`.
         host: Address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for the network.
         port: Port to listen on.
@@ -822,13 +827,13 @@ def serve(
         ImportError: Gradio or Matplotlib is not installed.
         OSError: The photo does not exist, the port is taken, or there is no such host.
         RuntimeError: The first model's weights cannot be loaded.
-        ValueError: The file is not a photo, a model is not of this family, the image is too small for the first one, or
-            there is no such port.
+        ValueError: The file is not a photo, a model is not of this family, `img_size` is too small for the first one,
+            or there is no such port.
     """
     _check_address(host, port)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # or uploads under way would stay
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise SIGTERM would leave uploads behind
     with tempfile.TemporaryDirectory() as folder:
-        # Gradio reads these when it is imported and when a page is made.
+        # Gradio reads these when it is imported and when a page is created.
         os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         page = build(models, None if photo is None else open_photo(photo), img_size)
         from gradio.themes import Base
@@ -841,9 +846,9 @@ def serve(
             inline=False,
             prevent_thread_lock=True,
             ssr_mode=False,
-            max_file_size=f"{5 * _MEGABYTES}mb",  # up to which the page says it in our words
+            max_file_size=f"{5 * _MEGABYTES}mb",  # files between _MEGABYTES and this limit get our own message
             footer_links=[],
-            # Fonts that are there: nothing is fetched from elsewhere.
+            # System fonts, so that nothing is fetched from another server.
             theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
             css=_CSS,
         )

@@ -1,8 +1,8 @@
-"""Pictures of a model's affinities on an image.
+"""Figures of a model's affinities on an image.
 
-`container figures IMAGE --model NAME[.tag] --out DIR` draws four: the affinities' rows at one token, alpha and beta of
-every block, entropy and reach of every head, and the feature pyramid. Rows are computed for a few tokens at a time by
-the affinities' own kernels, so no N x N matrix is formed at any image size.
+`container figures IMAGE --model NAME[.tag] --out DIR` draws four figures: the affinities' rows at one token, alpha and
+beta of every block, entropy and reach of every head, and the feature pyramid. Rows are computed for a few tokens at a
+time with the affinities' own kernels, so no N x N matrix is formed at any image size.
 """
 
 import math
@@ -38,15 +38,15 @@ __all__ = [
     "watch",
 ]
 
-# Okabe and Ito's colours, which people tell apart whatever their colour vision; cividis is such a map of colours.
+# Okabe and Ito's colours, which can be told apart with any colour vision; so can those of the colour map cividis.
 _COLORS = {"dynamic": "#0072B2", "static": "#E69F00"}
 COLOR_MAP = "cividis"
-"""Matplotlib's name of the colours of maps: everybody can tell them apart."""
-_NUMBERS = 2**24  # of a map and its repetitions, at most at a time
+"""Matplotlib colour map of the affinity maps, readable with any colour vision."""
+_NUMBERS = 2**24  # maximum number of values in a feature map repeated once per token
 
 
 def _split(tokens: Sequence[tuple[int, int]], x: Tensor) -> list[Sequence[tuple[int, int]]]:
-    """As many tokens at a time as the map may be repeated for."""
+    """Splits tokens into groups for which the feature map may be repeated at once."""
     count = max(1, _NUMBERS // x.numel())
     return [tokens[start : start + count] for start in range(0, len(tokens), count)]
 
@@ -54,21 +54,21 @@ def _split(tokens: Sequence[tuple[int, int]], x: Tensor) -> list[Sequence[tuple[
 def rows(
     apply: Callable[[Tensor, Tensor], Tensor], num_heads: int, x: Tensor, tokens: Sequence[tuple[int, int]]
 ) -> Tensor:
-    """Rows of an affinity from its kernel alone: A_ij = d y_i / d v_j for y = A(x) v.
+    """Computes rows of an affinity from its kernel alone: A_ij = d y_i / d v_j for y = A(x) v.
 
-    One backward pass gives the rows of all heads, because each head has channels of its own.
+    One backward pass gives the rows of all heads, because each head has its own channels.
 
     Args:
-        apply: (x, v) -> A(x) v, plus anything that does not depend on v, such as an affinity's `forward`.
+        apply: Function (x, v) -> A(x) v, such as an affinity's `forward`; it may add terms that do not depend on v.
         num_heads: Number of matrices M.
-        x: Map (1, C, H, W).
+        x: Feature map (1, C, H, W).
         tokens: (row, column) of each token i on that grid.
 
     Returns:
         (tokens, M, H, W): the weight with which token i reads each token.
 
     Raises:
-        ValueError: A token lies outside the grid, or `x` is not one map.
+        ValueError: A token lies outside the grid, or `x` is not a single feature map.
     """
     if x.ndim != 4 or len(x) != 1:
         raise ValueError(f"rows are of one map (1, C, H, W), not of {tuple(x.shape)}")
@@ -89,14 +89,19 @@ def rows(
 
 
 def entropy(rows: Tensor) -> Tensor:
-    """Bits, -sum_j p_j log2 p_j of p = |A_i| / sum |A_i|: 0 for one token, log2 N for all alike. (..., H, W)."""
+    """Returns the entropy of rows (..., H, W) in bits: -sum_j p_j log2 p_j with p = |A_i| / sum |A_i|.
+
+    It is 0 if a single token is read, and log2 N if all tokens are read equally.
+    """
     p = rows.double().abs().flatten(-2)
     p = p / p.sum(-1, keepdim=True).clamp_min(torch.finfo(p.dtype).tiny)
     return torch.special.entr(p).sum(-1) / math.log(2)
 
 
 def reach(rows: Tensor, tokens: Sequence[tuple[int, int]], stride: int) -> Tensor:
-    """Mean distance in pixels between a token and what it reads, sum_j p_j |x_j - x_i| with p as in `entropy`.
+    """Returns the mean distance in pixels between a token and the tokens that it reads.
+
+    sum_j p_j |x_j - x_i|, with p as in `entropy`.
 
     Args:
         rows: (tokens, M, H, W), from `rows`.
@@ -116,7 +121,10 @@ def reach(rows: Tensor, tokens: Sequence[tuple[int, int]], stride: int) -> Tenso
 
 
 def gates(model: nn.Module) -> dict[str, tuple[float, float]]:
-    """(alpha, beta) of every `Aggregation` by its name; an affinity alone has 1 and its absent one 0, a sum both 1."""
+    """Returns (alpha, beta) of every `Aggregation`, by name.
+
+    Without a gate, each affinity that is present has weight 1, and an absent one has weight 0.
+    """
     found = {}
     for name, module in model.named_modules():
         if isinstance(module, Aggregation):
@@ -129,14 +137,14 @@ def gates(model: nn.Module) -> dict[str, tuple[float, float]]:
 
 
 class BlockView(NamedTuple):
-    """A block's affinities on an image, each under 'dynamic', 'static' and 'mixed' if the block has it.
+    """Affinities of a block on an image, under 'dynamic' and 'static' as far as it has them, and under 'mixed'.
 
     Attributes:
         name: Name of the aggregation in the model.
         stage: Index of its stage, from 0.
         stride: Pixels per token.
         grid: (H, W) in tokens.
-        token: (row, column) of the token in the picture.
+        token: (row, column) of the token that is shown.
         rows: (H, W), that token's row of |A|, averaged over heads.
         entropy: (M,), averaged over a sample of tokens, in bits.
         reach: (M,), averaged over the same tokens, in pixels.
@@ -153,7 +161,10 @@ class BlockView(NamedTuple):
 
 
 def affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]]:
-    """(x, v) -> A(x) v and the number of matrices, by 'dynamic', 'static' and 'mixed', where the block has it."""
+    """Returns the function (x, v) -> A(x) v and the number of matrices of each affinity.
+
+    The keys are 'dynamic' and 'static', as far as the aggregation has them, and 'mixed'.
+    """
     found: dict[str, tuple[Callable[[Tensor, Tensor], Tensor], int]] = {}
     for kind in ("dynamic", "static"):
         affinity: Any = getattr(aggregation, kind)
@@ -164,17 +175,20 @@ def affinities(aggregation: Aggregation) -> dict[str, tuple[Callable[[Tensor, Te
 
 
 def token_at(pixel: tuple[int, int], stride: int, grid: tuple[int, int]) -> tuple[int, int]:
-    """(row, column) of the token of a grid (H, W) that holds a pixel (x, y); the last ones hold what is beyond."""
+    """Returns (row, column) of the token of a grid (H, W) that contains a pixel (x, y).
+
+    Pixels beyond the grid belong to the last row or column.
+    """
     return min(pixel[1] // stride, grid[0] - 1), min(pixel[0] // stride, grid[1] - 1)
 
 
 def watch(model: Container, image: Tensor, see: Callable[[str, Aggregation, Tensor], None]) -> Tensor:
-    """Runs a forward pass and shows the input map of each aggregation in turn, without keeping any.
+    """Runs a forward pass and calls `see` with the input feature map of each aggregation, without storing any.
 
     Args:
-        model: In evaluation mode, not fused.
+        model: Model in evaluation mode, not fused.
         image: (1, 3, H, W), normalised.
-        see: Called with an aggregation's name, the aggregation, and its input map (1, C, H, W).
+        see: Called with an aggregation's name, the aggregation, and its input feature map (1, C, H, W).
 
     Returns:
         Logits.
@@ -203,10 +217,10 @@ def watch(model: Container, image: Tensor, see: Callable[[str, Aggregation, Tens
 
 
 def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int = 5) -> list[BlockView]:
-    """Every block's affinities on an image, from one forward pass.
+    """Computes the affinities of every block on an image, in one forward pass.
 
     Args:
-        model: In evaluation mode, not fused.
+        model: Model in evaluation mode, not fused.
         image: (1, 3, H, W), normalised.
         pixel: (x, y) of the token to show, from the image's upper left corner.
         samples: Entropy and reach are averaged over samples x samples evenly spaced tokens.
@@ -242,7 +256,7 @@ def look(model: Container, image: Tensor, pixel: tuple[int, int], samples: int =
 
 
 def _figure(width: float, height: float) -> Any:
-    # Not pyplot: it would choose a window system, and servers have none.
+    # Without pyplot, which would select a GUI backend that servers do not have.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -262,7 +276,7 @@ def _photo(axes: Any, picture: Image.Image, pixel: tuple[int, int] | None = None
 
 
 def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None:
-    """A map in colours over the picture; the last tokens may reach beyond its border."""
+    """Draws a map in colours over the picture; the last tokens may extend beyond its border."""
     height, width = map_.shape
     axes.imshow(
         map_.numpy(force=True),
@@ -275,7 +289,7 @@ def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None
 
 
 def _draw_affinities(views: list[BlockView], picture: Image.Image, pixel: tuple[int, int], title: str) -> Any:
-    """One row of pictures a stage, of its last block."""
+    """Draws one row of pictures per stage, for its last block."""
     last = list({view.stage: view for view in views}.values())
     figure = _figure(10.5, 2.75 * len(last) + 0.6)
     figure.suptitle(
@@ -304,7 +318,7 @@ def _draw_affinities(views: list[BlockView], picture: Image.Image, pixel: tuple[
 
 
 def _stages(axes: Any, stages: list[int]) -> None:
-    """Blocks on the x axis, numbered from 1, with a line between stages and the stage's number above."""
+    """Labels the x axis with block numbers from 1, with a line between stages and stage numbers above."""
     blocks = range(1, len(stages) + 1)
     axes.set_xticks(list(blocks))
     axes.set_xlabel("block")
@@ -385,18 +399,18 @@ def _draw_pyramid(model: Container, image: Tensor, picture: Image.Image, title: 
 
 
 def seen(photo: Image.Image, config: dict[str, Any]) -> tuple[Tensor, Image.Image]:
-    """A photo as a model's input, (1, 3, H, W), and the same as a picture."""
+    """Preprocesses a photo; returns the model's input (1, 3, H, W) and the same as a picture."""
     picture = create_transform(**{**config, "mean": (0, 0, 0), "std": (1, 1, 1)})(photo)
     given = (picture - torch.tensor(config["mean"]).view(3, 1, 1)) / torch.tensor(config["std"]).view(3, 1, 1)
     return given[None], to_pil_image(picture)
 
 
 def draw_affinities(photo: Image.Image, model: Container, file: str | Path, title: str) -> None:
-    """Draws what the middle of a photo reads, in the last block of each stage.
+    """Draws what the token in the middle of a photo reads, in the last block of each stage.
 
     Args:
-        photo: In RGB; it is resized and cropped as in the model's evaluation.
-        model: In evaluation mode, not fused.
+        photo: Photo in RGB; it is resized and cropped as in the model's evaluation.
+        model: Model in evaluation mode, not fused.
         file: Output picture; its folder is created if necessary.
         title: First line of the picture.
 
@@ -423,18 +437,18 @@ def draw(
 
     Args:
         image: Image file; the model sees its central square.
-        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or for random ones.
+        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint` or for random weights.
         out: Output folder, created if necessary.
         checkpoint: Weights file.
         pixel: (x, y) in the square that the model sees; its middle if None.
         img_size: Side of that square; the model's own if None.
 
     Returns:
-        The files.
+        Paths of the files.
 
     Raises:
         OSError: The image cannot be read, or the folder cannot be written.
-        RuntimeError: The file is not a checkpoint, or there are no published weights with that tag.
+        RuntimeError: `checkpoint` is not a checkpoint file, or no published weights have that tag.
         ValueError: The model is not of this family, the checkpoint does not fit, both a tag and a checkpoint are given,
             the pixel is outside the image, or the image is too small.
     """

@@ -22,7 +22,7 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
         with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
-            os.fsync(file.fileno())  # else a power cut may leave the name without the content
+            os.fsync(file.fileno())  # otherwise a power cut may leave the name without the content
         os.replace(temporary, path)
     except OSError as error:
         temporary.unlink(missing_ok=True)

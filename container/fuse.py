@@ -1,4 +1,4 @@
-"""Models rewritten for inference."""
+"""Rewrites models for faster inference."""
 
 import timm
 import torch
@@ -9,14 +9,14 @@ __all__ = ["as_linear", "fuse"]
 
 
 def fuse(model: nn.Module) -> nn.Module:
-    """A copy of a model with every `Block` rewritten for inference (`Block.fuse`), its weights in `channels_last`.
+    """Returns a copy of a model with every `Block` fused (`Block.fuse`) and its weights in `channels_last`.
 
-    Its answers equal the model's up to rounding, at every output: features, embeddings, logits. timm's
-    `reparameterize_model` does the same, except for the memory format.
-    On a GPU the copy also computes `as_linear`, so move the model there first.
+    All outputs (features, embeddings, logits) equal those of the model up to rounding. timm's `reparameterize_model`
+    does the same, except for the memory format.
+    On a GPU, `as_linear` is applied to the copy as well, so move the model to the GPU first.
 
     Args:
-        model: Any model with blocks, in evaluation mode.
+        model: Any model that contains `Block` modules, in evaluation mode.
 
     Raises:
         ValueError: The model is in training mode.
@@ -30,11 +30,11 @@ def fuse(model: nn.Module) -> nn.Module:
 
 
 def as_linear(model: nn.Module) -> None:
-    """Computes the 1x1 convolutions of any model as linear layers over positions, in place.
+    """Makes a model compute its 1x1 convolutions as linear layers over positions, in place.
 
-    y[b, :, i, j] = W x[b, :, i, j] + b: in `channels_last` the positions are the rows of one matrix. On GPUs the
-    kernels for matrix products are faster than those for convolutions, and add the bias on the way. Parameters, their
-    names and the answers do not change. `torch.compile` and `torch.export` still see convolutions.
+    y[b, :, i, j] = W x[b, :, i, j] + b. In `channels_last`, the positions are the rows of one matrix. On GPUs, matrix
+    product kernels are faster than convolution kernels, and they add the bias in the same step. Parameters, their names
+    and the outputs do not change. `torch.compile` and `torch.export` still see convolutions.
 
     Args:
         model: Any model.

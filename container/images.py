@@ -1,4 +1,4 @@
-"""Images as viewers show them."""
+"""Loads images as image viewers show them."""
 
 from pathlib import Path
 from typing import Any
@@ -8,11 +8,11 @@ from PIL import Image, ImageOps
 
 __all__ = ["check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
 
-_LONGEST = 100  # times the short side; resizing a thinner picture by its short side takes gigabytes
+_LONGEST = 100  # maximum aspect ratio; resizing a thinner image by its short side would take gigabytes
 
 
 def check_shape(image: Image.Image) -> None:
-    """Refuses an image that is too long and thin to be a photo.
+    """Checks that an image is not too long and thin to be a photo.
 
     Raises:
         ValueError: One side is more than 100 times the other.
@@ -24,11 +24,11 @@ def check_shape(image: Image.Image) -> None:
 def to_rgb(image: Image.Image) -> Image.Image:
     """Converts an image to 8-bit RGB, upright according to its EXIF orientation.
 
-    Note: timm and torchvision ignore the EXIF orientation, so phone photos lie on their side, and clip 16-bit grey at
-    255, so it turns white. Here photos are turned, and 16 bits are scaled to 8.
+    Note: timm and torchvision ignore the EXIF orientation, so phone photos lie on their side. They also clip 16-bit
+    grey values at 255, so these images turn white. Here, photos are turned upright, and 16 bits are scaled to 8.
 
     Args:
-        image: From `PIL.Image.open`.
+        image: Image from `PIL.Image.open`.
 
     Raises:
         ValueError: The scale of its grey values is unknown (32 bits, floats), or one side is more than 100 times the
@@ -36,7 +36,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
     """
     check_shape(image)
     ImageOps.exif_transpose(image, in_place=True)
-    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # as older Pillows open them
+    if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # mode I: older Pillow versions
         image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
     elif image.mode in ("I", "F"):
         raise ValueError(f"the scale of grey values of mode {image.mode} is not known")
@@ -44,7 +44,7 @@ def to_rgb(image: Image.Image) -> Image.Image:
 
 
 def open_rgb(file: Any) -> Image.Image:
-    """`to_rgb` of an open file.
+    """Reads an image from an open file and converts it with `to_rgb`.
 
     Raises:
         Exception: The file is damaged; Pillow's decoders raise nearly anything.
@@ -53,7 +53,7 @@ def open_rgb(file: Any) -> Image.Image:
 
 
 def open_photo(path: str | Path) -> Image.Image:
-    """`to_rgb` of a file named by the user.
+    """Reads a photo from a file named by the user and converts it with `to_rgb`.
 
     Raises:
         OSError: There is no such file.
@@ -62,13 +62,13 @@ def open_photo(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:
         try:
             return open_rgb(file)
-        except Exception as error:  # whatever a damaged or foreign file makes its decoder raise
+        except Exception as error:  # decoders raise nearly anything for damaged or foreign files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path} cannot be read as a photo: {reason}") from error
 
 
 def pixels_per_token(model: Any) -> int:
-    """Side in pixels of a token in a timm model's last maps; 32 if the model does not say."""
+    """Returns the side in pixels of a token in a timm model's last feature map; 32 if the model does not state it."""
     info = getattr(model, "feature_info", None)
     if not info:
         return 32

@@ -1,4 +1,4 @@
-"""int8 quantization of ONNX files by photos, and how many photos keep their class."""
+"""Quantizes ONNX files to int8 with calibration photos, and measures how many photos keep their class."""
 
 import ast
 import contextlib
@@ -21,17 +21,17 @@ from .training.run import tell_unreadable
 
 __all__ = ["accuracy", "agreement", "calibration", "labelled", "quantize", "to_int8"]
 
-PHOTOS = 300  # that ranges of activations are read from
-LEAST = 0.95  # of them are named as by the model
-_RANKED = 100  # of them judge what a layer loses
-_PRODUCTS = {"Conv", "Gemm", "MatMul"}  # what is fast in int8, and bears it; sums and norms do not
+PHOTOS = 300  # maximum number of calibration photos, from which activation ranges are measured
+LEAST = 0.95  # minimum share of photos for which the file must predict the model's class
+_RANKED = 100  # number of photos on which the accuracy loss is judged, in total and per layer
+_PRODUCTS = {"Conv", "Gemm", "MatMul"}  # operators that are fast in int8 and tolerate it; sums and norms do not
 _SHAPES = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
 Run = Callable[[Tensor], list[Tensor]]
 
 
 def calibration(model: nn.Module, folder: str | Path) -> Tensor:
-    """Up to 300 photos, evenly spaced over a folder, prepared for a model: (photos, channels, height, width).
+    """Loads up to 300 photos, evenly spaced over a folder, as a model's input (photos, channels, height, width).
 
     Args:
         model: A timm model.
@@ -39,7 +39,7 @@ def calibration(model: nn.Module, folder: str | Path) -> Tensor:
 
     Raises:
         OSError: The folder is missing or unreadable.
-        ValueError: It has no photos, or one of its files is not a photo.
+        ValueError: The folder has no photos, or one of its files is not a photo.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder}")
@@ -50,12 +50,12 @@ def calibration(model: nn.Module, folder: str | Path) -> Tensor:
 
 
 def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:
-    """The share of photos for which an exported file and its model predict the same class.
+    """Returns the share of photos for which an exported file and its model predict the same class.
 
     Args:
-        run: Runs the file.
+        run: Function that runs the file.
         photos: (photos, channels, height, width).
-        named: The model's classes, (photos,).
+        named: Classes predicted by the model, (photos,).
         batch: Batch size of the file.
     """
     found = torch.cat([_logits(run, some, batch).argmax(1) for some in photos.split(batch)])
@@ -63,16 +63,16 @@ def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:
 
 
 def labelled(model: nn.Module, folder: str | Path) -> tuple[Images, Tensor]:
-    """Labelled photos for evaluation, and the model's indices of their classes.
+    """Opens labelled photos for evaluation, and returns them with the model's indices of their classes.
 
     Args:
         model: A timm model.
         folder: Folder with one folder per class, directly or in `val`, `validation` or `test`. A subset of the model's
-            classes will do.
+            classes is enough.
 
     Raises:
         OSError: The folder is missing or unreadable.
-        ValueError: The model does not have these classes, or has no class names.
+        ValueError: The model does not have these classes, or has no classifier.
     """
     images, _ = open_validation(folder)
     known = label_names(model)
@@ -82,11 +82,11 @@ def labelled(model: nn.Module, folder: str | Path) -> tuple[Images, Tensor]:
 
 
 def accuracy(model: nn.Module, run: Run, images: Images, number: Tensor, batch: int) -> tuple[float, float, int]:
-    """Top-1 accuracy of a model and of its file in percent, and the number of photos.
+    """Returns the top-1 accuracy of a model and of its file in percent, and the number of photos.
 
     Args:
         model: A timm model in evaluation mode.
-        run: Runs the file.
+        run: Function that runs the file.
         images: From `labelled`.
         number: From `labelled`.
         batch: Batch size of the file.
@@ -106,24 +106,25 @@ def accuracy(model: nn.Module, run: Run, images: Images, number: Tensor, batch: 
 
 
 def _logits(run: Run, photos: Tensor, batch: int) -> Tensor:
-    """For as many photos as there are, by a file that may take `batch` of them and no other number."""
+    """Returns the logits of up to `batch` photos, padded to `batch` because the file may accept no other number."""
     rest = photos.new_zeros(batch - len(photos), *photos.shape[1:])
     return run(torch.cat([photos, rest]))[0][: len(photos)]
 
 
 def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | None = None) -> Any:
-    """Quantizes weights and activations of an ONNX model's convolutions and matrix products to int8, by NNCF.
+    """Quantizes the convolutions and matrix products of an ONNX model to int8 with NNCF: weights and activations.
 
     Args:
         model: An `onnx.ModelProto` in float32.
         photos: (photos, channels, height, width), for calibration.
         batch: Batch size of the model.
-        judge: Returns a model's share of correct photos, and a list of it by batches of the first 100 photos. If given,
-            layers go back to float until that share is 95 %.
+        judge: Function that returns a model's share of correct photos, and a list of it per batch, over the first 100
+            photos. If given, layers go back to float until the share is at most 5 percentage points below that of the
+            float32 model.
 
     Raises:
         ImportError: NNCF is not installed.
-        ValueError: There are fewer photos than a batch has.
+        ValueError: There are fewer photos than `batch`.
     """
     try:
         import nncf
@@ -138,7 +139,7 @@ def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | 
     def data(count: int) -> Any:
         return nncf.Dataset([some.numpy() for some in _whole(photos, batch, count)], lambda images: {"images": images})
 
-    with contextlib.redirect_stdout(io.StringIO()):  # bars of its progress
+    with contextlib.redirect_stdout(io.StringIO()):  # hides NNCF's progress bars
         if judge is None:
             return nncf.quantize(model, data(len(photos)), **scope)
         return nncf.quantize_with_accuracy_control(
@@ -148,17 +149,19 @@ def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | 
 
 
 def _whole(of: Tensor, batch: int, count: int) -> tuple[Tensor, ...]:
-    """The first `count` of them in whole batches, of which there is at least one."""
+    """Splits the first `count` entries into full batches, at least one."""
     return of[: max(min(count, len(of)), batch) // batch * batch].split(batch)
 
 
 def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]:
-    """Rewrites an ONNX file in int8. If too many photos change their class, layers go back to float.
+    """Quantizes an ONNX file to int8, in place.
+
+    If the predicted class of too many photos changes, layers go back to float.
 
     Args:
         path: The float32 file, from torch's exporter.
         photos: (photos, channels, height, width), for calibration.
-        named: The model's classes, (photos,).
+        named: Classes predicted by the model, (photos,).
         batch: Batch size of the file.
 
     Returns:
@@ -166,7 +169,7 @@ def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]
 
     Raises:
         ImportError: NNCF is not installed.
-        ValueError: There are fewer photos than a batch has.
+        ValueError: There are fewer photos than `batch`.
     """
     import onnx
     import onnxruntime
@@ -193,7 +196,7 @@ def quantize(path: Path, photos: Tensor, named: Tensor, batch: int) -> list[str]
 
 
 def _products(model: Any) -> list[str]:
-    """The modules whose products an ONNX graph computes in int8."""
+    """Returns the names of the modules whose convolution or matrix product an ONNX graph computes in int8."""
     makers = {name: node for node in model.graph.node for name in node.output}
 
     def in_int8(name: str) -> bool:

@@ -1,4 +1,4 @@
-"""The most likely classes of photos, by readable names."""
+"""Predicts the most likely classes of photos, with readable names."""
 
 from collections.abc import Iterable
 from pathlib import Path
@@ -13,13 +13,14 @@ from .images import open_photo
 __all__ = ["SAMPLE", "class_names", "label_names", "predict"]
 
 SAMPLE = Path(__file__).with_name("sample.jpg")
-"""A photo to begin with; `sample.txt` beside it has its source and licence."""
+"""A sample photo; `sample.txt` in the same folder has its source and licence."""
 
 
 def label_names(model: nn.Module) -> list[str]:
-    """Names of a model's classes, as in its training folders, in the order of its logits.
+    """Returns the names of a model's classes, as in its training folders, in the order of its logits.
 
-    They come with the weights. If they do not, they are those of the ImageNet subset with as many classes, or numbers.
+    The names come with the weights. Otherwise they are those of the ImageNet subset with the same number of classes, or
+    else plain numbers.
 
     Args:
         model: A timm model, from `weights.create` or `timm.create_model`.
@@ -31,14 +32,16 @@ def label_names(model: nn.Module) -> list[str]:
     if not network.num_classes:
         raise ValueError(f"{type(model).__name__} has no classifier")
     names = list(network.pretrained_cfg.get("label_names") or ())
-    if len(names) != network.num_classes:  # of another classifier than the present one
+    if len(names) != network.num_classes:  # missing, or those of another classifier
         subset = infer_imagenet_subset(network)
         names = ImageNetInfo(subset).label_names() if subset else [str(i) for i in range(network.num_classes)]
     return names
 
 
 def class_names(model: nn.Module) -> list[str]:
-    """Readable names of the same classes, from WordNet: n02099601 is a golden retriever.
+    """Returns readable names of a model's classes, from WordNet: n02099601 is a golden retriever.
+
+    Names without such a description stay as they are.
 
     Args:
         model: A timm model.
@@ -47,7 +50,7 @@ def class_names(model: nn.Module) -> list[str]:
         ValueError: The model has no classifier.
     """
     names = label_names(model)
-    info = ImageNetInfo(infer_imagenet_subset(model) or "imagenet-1k")  # the words of all subsets are in each
+    info = ImageNetInfo(infer_imagenet_subset(model) or "imagenet-1k")  # each subset has the descriptions of all
 
     def in_words(name: str) -> str:
         try:
@@ -59,12 +62,12 @@ def class_names(model: nn.Module) -> list[str]:
 
 
 def predict(images: Iterable[str | Path], model: nn.Module, top: int = 5) -> list[list[tuple[str, float]]]:
-    """The most likely classes of photos.
+    """Predicts the most likely classes of photos.
 
     Photos are resized, cropped and normalised according to `pretrained_cfg`, and run one at a time.
 
     Args:
-        images: Files.
+        images: Image files.
         model: A timm model with weights, in evaluation mode.
         top: Maximum number of classes per photo.
 

@@ -1,7 +1,7 @@
-"""Evaluates frozen features by k nearest neighbours and by a linear classifier, on any folder of classes.
+"""Evaluates frozen features with k nearest neighbours and a linear classifier, on any folder of class folders.
 
-`container probe DIR --model NAME[.tag]` does not train the model. Both classifiers get the input of its own classifier:
-one vector per image.
+`container probe DIR --model NAME[.tag]` does not train the model. Both classifiers use the input of the model's own
+classifier: one feature vector per image.
 """
 
 import importlib.util
@@ -30,16 +30,16 @@ _CS = [10.0**power for power in range(-4, 3)]
 
 
 def features(model: nn.Module, images: Images, config: dict[str, Any], workers: int) -> tuple[Tensor, Tensor]:
-    """Pooled features and classes of all images; unreadable images are reported and left out.
+    """Computes the pooled features of all images; unreadable images are reported and left out.
 
     Args:
         model: A timm model in evaluation mode.
-        images: Without augmentation.
+        images: Images without augmentation.
         config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
         workers: Number of loader processes.
 
     Returns:
-        (images, features) and (images,), on the CPU, in the order of the data.
+        Features (images, features) and classes (images,), on the CPU, in the order of the data.
 
     Raises:
         OSError: Ten images in a row cannot be read.
@@ -52,7 +52,7 @@ def features(model: nn.Module, images: Images, config: dict[str, Any], workers: 
         for batch, labels in tqdm(loader, unit="batch", delay=2, leave=False, disable=None, dynamic_ncols=True):
             try:
                 of_batch = model.forward_head(model.forward_features(batch), pre_logits=True)  # type: ignore[operator]
-            except AssertionError as error:  # as timm has it, for a side that patches do not tile
+            except AssertionError as error:  # raised by timm for a side that patches do not tile
                 raise ValueError(f"{type(model).__name__} does not take these images: {error}") from None
             found.append(of_batch.flatten(1).float().cpu())
             targets.append(labels.cpu())
@@ -64,9 +64,9 @@ def features(model: nn.Module, images: Images, config: dict[str, Any], workers: 
 
 
 def knn(train: Tensor, targets: Tensor, val: Tensor, k: int = 20, temperature: float = 0.07) -> Tensor:
-    """Classes by the votes of the nearest training images.
+    """Predicts classes by a weighted vote of the nearest training images.
 
-    Image i votes for its class with exp(s_i / temperature), s_i its cosine similarity, if it is one of the k largest.
+    Each of the k images with the largest cosine similarity s_i votes for its class with weight exp(s_i / temperature).
 
     Source: DINO, Caron et al. 2021 (arXiv 2104.14294), whose k and temperature are the defaults.
 
@@ -75,13 +75,13 @@ def knn(train: Tensor, targets: Tensor, val: Tensor, k: int = 20, temperature: f
         targets: Their classes, (images,).
         val: Features to classify, (images, features).
         k: Number of neighbours that vote, or all images if there are fewer.
-        temperature: The lower it is, the more the nearest neighbours count.
+        temperature: Temperature of the weights; the lower it is, the more the nearest neighbours count.
 
     Returns:
-        (images of `val`,).
+        Predicted classes, (images of `val`,).
     """
     known, found = normalize(train), []
-    for some in normalize(val).split(256):  # of a large set not all similarities at once
+    for some in normalize(val).split(256):  # in chunks, because all similarities of a large set need too much memory
         nearest = (some @ known.T).topk(min(k, len(train)))
         votes = some.new_zeros(len(some), int(targets.max()) + 1)
         votes.scatter_add_(1, targets[nearest.indices], (nearest.values / temperature).exp())
@@ -90,7 +90,10 @@ def knn(train: Tensor, targets: Tensor, val: Tensor, k: int = 20, temperature: f
 
 
 def hold_out(targets: Tensor, seed: int) -> Tensor:
-    """A random fifth of each class, at least one image but never a class's only one, as flags (images,)."""
+    """Holds out a random fifth of each class, and returns it as flags (images,).
+
+    At least one image of each class is held out, but never the only one of a class.
+    """
     order = torch.randperm(len(targets), generator=torch.Generator().manual_seed(seed))
     held = torch.zeros(len(targets), dtype=torch.bool)
     for target in targets.unique():
@@ -100,10 +103,10 @@ def hold_out(targets: Tensor, seed: int) -> Tensor:
 
 
 def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[Tensor, float]:
-    """Classes by logistic regression on standardized features: argmax_c (W (x - mean) / std + b)_c.
+    """Predicts classes by logistic regression on standardized features: argmax_c (W (x - mean) / std + b)_c.
 
     W and b minimise the mean cross-entropy over n images plus |W|^2 / (2 C n). C is chosen from 0.0001, 0.001, ..., 100
-    on a held-out fifth of the training images (the smallest of equals); the classifier is then fitted to all of them.
+    on a held-out fifth of the training images; the smallest C wins ties. The classifier is then fitted to all of them.
     Mean and std are those of the images in the fit.
 
     Args:
@@ -113,7 +116,7 @@ def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[
         seed: Seed of the held-out split.
 
     Returns:
-        Classes (images of `val`,), and C. C is 1 if no class has an image to spare for the held-out split.
+        Predicted classes, (images of `val`,), and C. C is 1 if no class has an image to spare for the held-out split.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -131,13 +134,13 @@ def linear(train: Tensor, targets: Tensor, val: Tensor, seed: int = 0) -> tuple[
         return make_pipeline(StandardScaler(), LogisticRegression(C=c, max_iter=1000)).fit(x[rows], y[rows])
 
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore", ConvergenceWarning)  # a large C has no end where classes can be separated
+        warnings.simplefilter("ignore", ConvergenceWarning)  # with a large C, separable classes do not converge
         c = max(_CS, key=lambda c: fit(c, ~held).score(x[held], y[held])) if held.any() else 1.0
         return torch.from_numpy(fit(c, slice(None)).predict(val.double().numpy())), c
 
 
 def wilson(right: int, count: int) -> tuple[float, float]:
-    """Wilson's 95 % confidence interval of a proportion.
+    """Returns Wilson's 95 % confidence interval of a proportion.
 
     (p + z^2 / 2n -+ z sqrt(p (1 - p) / n + z^2 / 4n^2)) / (1 + z^2 / n) with p = right / n, n = count, z = 1.96.
 
@@ -158,7 +161,7 @@ def probe(
     workers: int | None = None,
     seed: int = 0,
 ) -> dict[str, Any]:
-    """Classifies the validation images of a folder by a model's frozen features, with `knn` and with `linear`.
+    """Measures how well `knn` and `linear` classify a folder's validation images from a model's frozen features.
 
     Images are prepared as in the model's evaluation, without augmentation.
 
@@ -166,9 +169,9 @@ def probe(
 
     Args:
         data_dir: Folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file of class folders.
-        model: timm name: `NAME.tag` for published weights, `NAME` for those of `checkpoint`, or for random ones.
+        model: timm name: `NAME.tag` for published weights, `NAME` for those of `checkpoint` or for random weights.
         checkpoint: Weights file.
-        img_size: Side of the images; the model's own if None.
+        img_size: Side of the images in pixels; the model's own if None.
         workers: Number of loader processes; `default_workers()` if None.
         seed: Seed of random weights and of the split in `linear`.
 
@@ -178,7 +181,7 @@ def probe(
     Raises:
         ImportError: scikit-learn is not installed.
         OSError: The folder, a part of it, or the checkpoint is missing or unreadable.
-        RuntimeError: The file is not a checkpoint, or the model cannot be created.
+        RuntimeError: `checkpoint` is not a checkpoint file, or the model cannot be created.
         ValueError: Data, checkpoint or image size do not fit.
     """
     started = time.perf_counter()
@@ -187,7 +190,7 @@ def probe(
     train, val, classes = create_datasets(data_dir)
     if classes < 2:
         raise ValueError(f"{data_dir} has one class: there is nothing to tell apart")
-    train.train = False  # or the next image would take the place of one that cannot be read, and count twice
+    train.train = False  # otherwise an unreadable image would be replaced by the next one, which would count twice
     network = weights.create(model, checkpoint, img_size, seed=seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve_model_data_config(network)
@@ -220,7 +223,7 @@ def probe(
 
 
 def describe(found: dict[str, Any]) -> str:
-    """What `probe` found, in one line."""
+    """Formats the results of `probe` in one line."""
     tagged = "." in found["model"]
     name = found["model"] if tagged else f"{found['model']} ({Path(found['weights']).name})"
     size = " x ".join(map(str, dict.fromkeys(found["input_size"][1:])))  # one number for a square

@@ -1,7 +1,7 @@
-"""Records of pretrained weights, and the checks that a file passes before `pretrained=True` loads it.
+"""Records of pre-trained weights, and the checks on a file before `pretrained=True` loads it.
 
-The package's `weights_manifest.json` has one record per weights file, under its timm name `architecture.tag`; unknown
-values are null. A user's own records lie beside their files in `weights_dir()`, as `architecture.tag.json`.
+The package's `weights_manifest.json` has one record per weights file, under its timm name `architecture.tag`. Unknown
+values are null. A user's own records are stored next to their files in `weights_dir()`, as `architecture.tag.json`.
 """
 
 import dataclasses
@@ -61,19 +61,19 @@ _PACKAGE = Path(__file__).parent
 
 @cache
 def manifest() -> dict[str, dict[str, Any]]:
-    """The records of the package's `weights_manifest.json`, by name."""
-    inside = _PACKAGE / "weights_manifest.json"  # in a wheel; in a checkout it lies beside the package
+    """Returns the records of the package's `weights_manifest.json`, by name."""
+    inside = _PACKAGE / "weights_manifest.json"  # in a wheel; in a checkout it is next to the package
     path = inside if inside.is_file() else _PACKAGE.parent / inside.name
     return json.loads(path.read_text(encoding="utf-8"))["weights"]
 
 
 def weights_dir() -> Path:
-    """Where files of weights lie: `CONTAINER_WEIGHTS_DIR`, or torch hub's folder of checkpoints."""
+    """Returns the folder of weights files: `CONTAINER_WEIGHTS_DIR`, or torch hub's folder of checkpoints."""
     return Path(os.environ.get("CONTAINER_WEIGHTS_DIR") or Path(torch.hub.get_dir(), "checkpoints"))
 
 
 def names() -> list[str]:
-    """The weights on record, by name: the package's, then those of `weights_dir()`."""
+    """Returns the names of all weights on record: the package's, then those in `weights_dir()`."""
     return [*manifest(), *(name for name in _own() if name not in manifest())]
 
 
@@ -83,7 +83,7 @@ def _own() -> list[str]:
 
 
 def record(name: str) -> dict[str, Any]:
-    """The record of a weights file: the package's, or the user's own if the package has no sha256 for it.
+    """Returns the record of a weights file: the package's, or the user's own if the package has no sha256 for it.
 
     Args:
         name: `architecture.tag`.
@@ -105,7 +105,7 @@ def record(name: str) -> dict[str, Any]:
 
 
 def sha256_of(path: str | Path) -> str:
-    """The sha256 of a file's content, 64 hexadecimal digits."""
+    """Returns the sha256 of a file's content, as 64 hexadecimal digits."""
     digest = hashlib.sha256()
     with open(path, "rb") as file:
         while chunk := file.read(1 << 20):
@@ -114,7 +114,7 @@ def sha256_of(path: str | Path) -> str:
 
 
 def _stand_in(path: str | Path) -> str | None:
-    """What a file is that lies where weights should, if it is a web page or a pointer of Git LFS."""
+    """Describes a file that is a web page or a Git LFS pointer instead of weights; None for any other file."""
     with open(path, "rb") as file:
         head = file.read(1 << 16)
     if head.startswith(b"version https://git-lfs.github.com/spec"):
@@ -158,11 +158,11 @@ def check(name: str, path: str | Path) -> str:
 def find(name: str, folder: str | Path | None = None) -> Path | None:
     """Finds the file of a record on this machine: in the package, in the folder, or in a checkout's `weights`.
 
-    The file is not read, so it is not verified.
+    Returns None if there is no such file. The file is not read, so it is not verified.
 
     Args:
         name: `architecture.tag`.
-        folder: `weights_dir()` if None.
+        folder: Folder to look in; `weights_dir()` if None.
 
     Raises:
         KeyError: There is no such record.
@@ -174,7 +174,9 @@ def find(name: str, folder: str | Path | None = None) -> Path | None:
 
 
 def obtain(name: str, folder: str | Path | None = None) -> Path:
-    """The verified file of a record, downloaded if necessary; of several processes that ask at once, one downloads it.
+    """Returns the verified file of a record, and downloads it if necessary.
+
+    If several processes ask for the file at the same time, only one of them downloads it.
 
     Args:
         name: `architecture.tag`.
@@ -192,7 +194,7 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
                 path = Path(hf_hub_download(file["hf_hub_id"], place.name, cache_dir=folder))
             else:
                 path = _download(name, file["url"], place)
-        except Exception as error:  # of any library that takes part
+        except Exception as error:  # from any library involved
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise RuntimeError(
                 f"cannot download the weights {name} from {file['hf_hub_id'] or file['url']}: {reason}. Without a "
@@ -220,33 +222,33 @@ def _download(name: str, url: str, path: Path) -> Path:
     with FileLock(lock):
         try:
             for left in path.parent.glob(f"{part.name}*"):
-                left.unlink()  # by a process that was killed
-            if not path.is_file():  # else brought by the process that had the lock before
+                left.unlink()  # left by a process that was killed
+            if not path.is_file():  # otherwise the previous holder of the lock downloaded it
                 torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
                 check(name, part)
                 os.replace(part, path)
         except HTTPError as error:
-            error.close()  # its connection
+            error.close()  # closes its connection
             raise
         finally:
             part.unlink(missing_ok=True)
-            with suppress(OSError):  # where a waiting process that has it open prevents its removal
+            with suppress(OSError):  # a waiting process may have it open, which can prevent its removal
                 lock.unlink()
     return path
 
 
 def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
-    """The state dict in a checkpoint file (safetensors, or a torch file read without executing pickled code).
+    """Reads the state dict of a checkpoint: safetensors, or a torch file without executing its pickled code.
 
     Args:
         path: The file.
-        use_ema: Whether to take the averaged (EMA) weights of a training checkpoint, if it has any. None takes the
-            weights that were evaluated: those under `model` in the released layout, as its authors did; otherwise the
-            averaged ones, as timm does.
+        use_ema: Whether to load the EMA weights of a training checkpoint, if it has any. None loads the weights that
+            were evaluated: in the released layout those under `model`, as its authors did; otherwise the EMA weights,
+            as timm does.
 
     Raises:
         FileNotFoundError: There is no such file.
-        RuntimeError: It is not a checkpoint, has more than tensors and plain values, or has values that are not finite.
+        RuntimeError: The file is not a checkpoint, has more than tensors and plain values, or has non-finite values.
     """
     if not Path(path).is_file():
         raise FileNotFoundError(f"no checkpoint at {path}")
@@ -258,7 +260,7 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
         state_dict = load_state_dict(str(path), use_ema=use_ema is not False)
         if use_ema is None and is_released(state_dict):
             state_dict = load_state_dict(str(path), use_ema=False)
-    except Exception as error:  # whatever a damaged or foreign file makes its parsers raise
+    except Exception as error:  # parsers raise nearly anything for damaged or foreign files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {reason}") from error
     for key, tensor in state_dict.items():
@@ -270,22 +272,24 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
 
 
 def class_names(path: str | Path) -> list[str] | None:
-    """Class names in the order of the logits, if the file has them; files from `train_imagenet.py` do.
+    """Returns the class names in the order of the logits, or None if the file has none.
+
+    Files from `train_imagenet.py` have class names.
 
     Args:
-        path: A file that `read` takes.
+        path: A file that `read` accepts.
     """
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
                 return json.loads((file.metadata() or {}).get("classes", "null"))
         return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fixed"]["class_names"]
-    except Exception:  # whatever else lies there says no names
+    except Exception:  # any other file has no class names
         return None
 
 
 def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
-    """Fits a checkpoint, classifier included, to the names and shapes of its model.
+    """Converts a checkpoint, including its classifier, to the names and shapes of its model.
 
     Args:
         state_dict: As returned by `read`.
@@ -300,12 +304,12 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         raise ValueError(f"no model {architecture}: choose from {', '.join(family)}")
     head = state_dict.get("head.weight", state_dict.get("head.fc.weight", torch.empty(0)))
     classes = record(name)["num_classes"] if name in names() else len(head)
-    overlay = dict(num_classes=classes)  # so that a classifier has to be there, and to fit
+    overlay = dict(num_classes=classes)  # so that the classifier must be present and fit
     model = timm.create_model(architecture, device="meta", pretrained_cfg_overlay=overlay)
     fitted = checkpoint_filter_fn(dict(state_dict), model)
     for key, tensor in model.state_dict().items():
         found = tuple(state_dict.get(key, fitted.get(key, tensor)).shape)
-        if found != tuple(tensor.shape):  # of what timm or the filter would adapt
+        if found != tuple(tensor.shape):  # timm or the filter would otherwise adapt it
             raise ValueError(f"checkpoint does not fit {name}: {key} is {found}, not {tuple(tensor.shape)}")
     return fitted
 
@@ -318,22 +322,24 @@ def create(
     seed: int = 0,
     features_only: bool = False,
 ) -> Any:
-    """A timm model in evaluation mode, with the weights that a command asks for.
+    """Creates a timm model in evaluation mode, with published, own or random weights.
 
     Args:
         model: `NAME.tag` for published weights, `NAME` with `checkpoint`; also timm's other sources, such as
             `local-dir:FOLDER`.
-        checkpoint: Weights file, which has to fit. The model gets as many classes as the file has.
-        img_size: Side of the images, also written to `input_size` of `pretrained_cfg`; the weights' own if None.
-        pretrained: Whether `NAME` alone means timm's default weights for it. Otherwise it means random weights.
+        checkpoint: Weights file, which must fit. The model gets as many classes as the file has.
+        img_size: Side of the images in pixels, also written to `input_size` of `pretrained_cfg`; the weights' own if
+            None.
+        pretrained: Whether `NAME` alone loads timm's default weights. Otherwise it gets random weights.
         seed: Seed of random weights.
-        features_only: Return feature maps instead of logits.
+        features_only: Whether to return feature maps instead of logits.
 
     Raises:
         FileNotFoundError: There is no such checkpoint.
-        RuntimeError: The file is not a checkpoint, or the model or its published weights cannot be loaded.
-        ValueError: There is no such model, it has no weights or cannot have that size, the checkpoint does not fit, or
-            both a tag and a checkpoint are given.
+        RuntimeError: The file is not a checkpoint, the published weights cannot be loaded, or the model cannot be
+            created, for example at that image size.
+        ValueError: There is no such model, it has no weights, `img_size` is not positive, the checkpoint does not fit,
+            or both a tag and a checkpoint are given.
     """
     elsewhere = ":" in model
     name, tag = ("", model) if elsewhere else split_model_name_tag(model)
@@ -352,7 +358,7 @@ def create(
         if name in timm.list_models(module="container"):
             state_dict = fit(state_dict, name)
         cfg = get_pretrained_cfg(name)
-        classifier = cfg.classifier if cfg else None  # several, where a model was distilled: all of as many classes
+        classifier = cfg.classifier if cfg else None  # a list for distilled models, all of the same width
         head = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
         options["num_classes"] = classes = len(state_dict.get(f"{head}.weight", ()))
         overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint))
@@ -362,13 +368,13 @@ def create(
             found: Any = timm.create_model(
                 model, bool(tag or checkpoint or pretrained), pretrained_cfg_overlay=overlay, **options
             )
-    except Exception as error:  # of timm, of the Hub, and whatever a foreign checkpoint makes timm's filters raise
+    except Exception as error:  # from timm, the Hub, or timm's filters, which raise nearly anything for foreign files
         lines = str(error).strip().splitlines() or [type(error).__name__]
         if checkpoint:
             raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(' '.join(lines), 200)}") from error
         at = "" if img_size is None else f" at {img_size} px"
         raise RuntimeError(f"{model}{at} cannot be created: {lines[0]}") from error
-    found.pretrained_cfg.pop("state_dict", None)  # or the model would hold its weights twice
+    found.pretrained_cfg.pop("state_dict", None)  # otherwise the model would hold its weights twice
     return found.eval()
 
 
@@ -384,10 +390,10 @@ def _check_has_weights(model: str) -> None:
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Verifies the file that `pretrained=True` refers to, and gives timm its path.
+    """Verifies the file that `pretrained=True` refers to, and passes its path to timm.
 
-    A file on record is checked against its sha256, and downloaded if necessary. A file named by the user is read: it
-    must be a checkpoint of finite values. A Hub id, URL, folder or state dict from the user is left to timm.
+    A file on record is downloaded if necessary and checked against its sha256. A file named by the user is read; it
+    must be a checkpoint with only finite values. A Hub id, URL, folder or state dict from the user is left to timm.
 
     Args:
         variant: Model name without tag.
@@ -410,9 +416,9 @@ def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
     elif cfg.file:
         state_dict = read(cfg.file)
         if is_released(state_dict):
-            # Of such a file timm would take the averages; its authors evaluated these.
+            # From such a file, timm would load the EMA weights; its authors evaluated these.
             overlay["state_dict"] = state_dict
-        overlay.setdefault("label_names", None)  # those of the registry belong to another file
+        overlay.setdefault("label_names", None)  # the registered names belong to another file
     return dict(arguments, pretrained_cfg_overlay=overlay)
 
 
@@ -421,7 +427,7 @@ def _sources(cfg: Any) -> list[Any]:
 
 
 def register_own() -> None:
-    """Makes the tags of records in `weights_dir()` known to timm; a damaged record costs a warning."""
+    """Registers the weights on record in `weights_dir()` with timm; warns about damaged records and skips them."""
     for name in _own():
         try:
             own = record(name)
@@ -444,7 +450,7 @@ def register_own() -> None:
         if tag not in family.tags:
             family.tags.append(tag)
         with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # that it is registered again
+            warnings.simplefilter("ignore")  # timm warns that the model is registered again
             register_model(model_entrypoint(architecture))
 
 

@@ -1,11 +1,11 @@
-"""The context layer and timm's models for Ultralytics YOLO, by name in a model's YAML file.
+"""Context layer and timm backbones for Ultralytics YOLO, used by name in a model's YAML file.
 
     import container.yolo
     from ultralytics import YOLO
 
     model = YOLO(container.yolo.config("yolov8n-context.yaml"))
 
-Ultralytics is under the AGPL-3.0. Only `register` and `config` import it, and nothing of it is copied here.
+Ultralytics is under the AGPL-3.0. Only `register` and `config` import it, and no code is copied from it.
 """
 
 import atexit
@@ -27,22 +27,23 @@ __all__ = ["ContainerBackbone", "ContextAggregation", "config", "register"]
 class _Row(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "ultralytics.nn.tasks" in sys.modules:  # else it is somebody else that loads, or copies
+        if "ultralytics.nn.tasks" in sys.modules:  # otherwise the layer is loaded or copied without Ultralytics
             register()
 
 
 class ContextAggregation(_Row):
-    """Adds a summary of the whole map, or several, to every position, weighted by the position.
+    """Layer that adds one or more summaries of the whole feature map to every position, weighted by the position.
 
-    y_i = x_i + a_i m(sum_j k_j v_j), with a the sigmoid of a 1x1 projection, k the softmax over all positions of
-    another, and v and m 1x1 projections. m starts at zero, so the layer starts as the identity. It is `GlobalContext`,
-    the affinity of rank one, with m applied to the summary, where it costs almost nothing. With a higher rank it is
-    `DoubleAttention`.
+    y_i = x_i + a_i m(sum_j k_j v_j), where a is the sigmoid of a 1x1 projection, k is the softmax of another over all
+    positions, and v and m are 1x1 projections. m is initialised to zero, so the layer starts as the identity. It is
+    `GlobalContext`, the affinity of rank one, with m applied to the summary, where it costs almost nothing. With a
+    higher rank, it is `DoubleAttention`.
 
-    (B, C, H, W) -> (B, C, H, W) for any H and W. It has no norm, so it can be trained with a batch of one.
+    (B, C, H, W) -> (B, C, H, W) for any H and W. The layer has no norm, so it can be trained with batch size 1.
 
     Source: Liu et al., "Learning to Aggregate Multi-Scale Context for Instance Segmentation in Remote Sensing Images"
-    (arXiv 2111.11057, CATNet), written from the formula. The CONTAINER paper has no such layer; the names are alike.
+    (arXiv 2111.11057, CATNet), written from the formula. The CONTAINER paper has no such layer, despite the similar
+    names.
     Cost: O(N C^2 / reduction).
 
     Args:
@@ -65,19 +66,19 @@ class ContextAggregation(_Row):
         nn.init.zeros_(self.m.bias)  # type: ignore[arg-type]
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C, H, W) -> (B, C, H, W)."""
+        """Applies the layer: (B, C, H, W) -> (B, C, H, W)."""
         return x + self.affinity.distribute(x, self.m(self.affinity.context(x, self.v(x))))
 
 
 class ContainerBackbone(_Row):
-    """A timm model's feature maps, for the first row of a YAML file: `[-1, 1, ContainerBackbone, [NAME, PRETRAINED]]`.
+    """timm backbone for the first row of a YAML file: `[-1, 1, ContainerBackbone, [NAME, PRETRAINED]]`.
 
-    Image (B, in_chans, H, W) -> maps, the finest first. A row `[0, 1, ContainerLevel, [INDEX]]` selects one.
+    Images (B, in_chans, H, W) -> feature maps, finest first. A row `[0, 1, ContainerLevel, [INDEX]]` selects one.
 
     Args:
         name: timm name of the model.
-        pretrained: Start from its pretrained weights.
-        in_chans: Channels of the image; in a YAML file, those of the data.
+        pretrained: Whether to load pre-trained weights.
+        in_chans: Number of image channels; in a YAML file, those of the data.
     """
 
     def __init__(self, name: str, pretrained: bool = False, in_chans: int = 3) -> None:
@@ -85,14 +86,17 @@ class ContainerBackbone(_Row):
         self.body = features(name, pretrained=pretrained, in_chans=in_chans)
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        """(B, in_chans, H, W) -> maps."""
+        """Computes the feature maps of images (B, in_chans, H, W)."""
         return maps(self.body, x)
 
 
 class _ContextRow(ContextAggregation):
-    """What makes the layer of a row, given the channels of all rows before it and the one that it reads."""
+    """Factory that creates the `ContextAggregation` of a row.
 
-    __qualname__ = "ContextAggregation"  # what Ultralytics prints
+    Its arguments are the channels of all previous rows, and the index of the input row among them.
+    """
+
+    __qualname__ = "ContextAggregation"  # the name that Ultralytics prints
 
     def __new__(  # type: ignore[misc]
         cls, channels: list[int], source: int, reduction: int = 1, rank: int = 1
@@ -101,10 +105,11 @@ class _ContextRow(ContextAggregation):
 
 
 def register(_: Any = None) -> None:
-    """Makes `ContextAggregation`, `ContainerBackbone` and `ContainerLevel` known to Ultralytics' YAML files.
+    """Registers `ContextAggregation`, `ContainerBackbone` and `ContainerLevel` for Ultralytics' YAML files.
 
-    Calling it again changes nothing. `config` calls it, and so does loading a .pt file with these layers. With several
-    GPUs, Ultralytics starts processes that know nothing of it, and calls it there as a callback; hence the argument.
+    Repeated calls have no effect. `config` calls this function, and so does loading a .pt file with these layers. With
+    several GPUs, Ultralytics starts new processes and calls this function there as a callback; hence the unused
+    argument.
 
     Raises:
         ImportError: Ultralytics is not installed.
@@ -117,7 +122,7 @@ def register(_: Any = None) -> None:
 
     if hasattr(tasks, "ContainerBackbone"):
         return
-    default_callbacks["on_pretrain_routine_start"].append(register)  # in every process of a training
+    default_callbacks["on_pretrain_routine_start"].append(register)  # runs in every training process
     parse = tasks.parse_model
     tasks.parse_model = lambda d, ch, *args, **kwargs: parse(_rewritten(d, ch), ch, *args, **kwargs)
     vars(tasks).update(_ContextRow=_ContextRow, ContainerBackbone=ContainerBackbone)
@@ -127,8 +132,8 @@ def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
     """Rewrites our rows so that Ultralytics' parser understands them.
 
     The parser passes the arguments of an unknown layer unchanged, except for strings that name one of its own
-    variables: `ch`, the channels of all previous rows, and `f`, the index of the input row. To select one of several
-    maps it has `Index`, which needs the number of channels.
+    variables: `ch`, the channels of all previous rows, and `f`, the index of the input row. Its layer for selecting one
+    of several feature maps is `Index`, which needs the number of channels.
     """
     d, channels = copy.deepcopy(d), []
     for row in d["backbone"] + d["head"]:
@@ -148,15 +153,15 @@ def _rewritten(d: dict[str, Any], in_chans: int) -> dict[str, Any]:
 
 
 def config(name: str, pretrained: bool = False) -> str:
-    """Makes a YAML file for `ultralytics.YOLO` from one of Ultralytics' own; it is deleted when the process ends.
+    """Creates a YAML file for `ultralytics.YOLO` from one of Ultralytics' own; it is deleted when the process ends.
 
     Args:
-        name: FAMILY-context.yaml puts a `ContextAggregation` before each map that the last row reads, and
-            FAMILY-contextR.yaml one of rank R. FAMILY-MODEL.yaml makes a timm model the backbone. FAMILY is a file of
-            Ultralytics' with the letter of its scale, as in `yolov8n-context.yaml`, `yolo11s-container_light.yaml` and
-            `yolo11n-seg-resnet18.yaml`. A classifier, as in `yolo11n-cls-container_light.yaml`, reads the model's last
-            map, whatever its stride.
-        pretrained: Start from the timm model's pretrained weights.
+        name: FAMILY-context.yaml inserts a `ContextAggregation` on each feature map that the last row reads, and
+            FAMILY-contextR.yaml does so with rank R. FAMILY-MODEL.yaml replaces the backbone with a timm model. FAMILY
+            is the name of an Ultralytics file with the letter of its scale, as in `yolov8n-context.yaml`,
+            `yolo11s-container_light.yaml` and `yolo11n-seg-resnet18.yaml`. A classifier, as in
+            `yolo11n-cls-container_light.yaml`, reads the model's last feature map, whatever its stride.
+        pretrained: Whether to load the timm model's pre-trained weights.
 
     Returns:
         The path of the file.
@@ -200,7 +205,7 @@ def config(name: str, pretrained: bool = False) -> str:
         for layer in layers[: len(rows)]:
             x = layer(x)
             strides.append(256 // x.shape[-1])
-        tail = min(strides.index(strides[-1]) + 2, len(rows))  # after the last row of stride 2 and the block behind it
+        tail = min(strides.index(strides[-1]) + 2, len(rows))  # after the last downsampling row and its block
         used = sorted({strides[-1], *(strides[i] for i in read if i < tail)})
         if not {*used} <= {*levels}:
             raise ValueError(f"{model} has maps at strides {levels}, and the head of {file.name} reads {used}")

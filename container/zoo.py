@@ -1,4 +1,4 @@
-"""What the `container` command does: lists the family, and handles files of weights by their records."""
+"""Functions behind the `container` command: the table of the family, and weights files with their records."""
 
 import hashlib
 import json
@@ -25,10 +25,10 @@ __all__ = ["card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
 def table(markdown: bool = False) -> str:
-    """The family and its weights, one line per member, from the models and the manifest.
+    """Returns a table of the family and its weights, one line per model, from the models and the manifest.
 
     Args:
-        markdown: The Markdown table of docs/models.md instead of one for a terminal.
+        markdown: Whether to return the Markdown table of docs/models.md instead of one for a terminal.
     """
     rows: list[tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
     for architecture, cfgs in default_cfgs.items():
@@ -53,7 +53,7 @@ def table(markdown: bool = False) -> str:
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:
-    """Rows as aligned columns."""
+    """Formats rows as aligned columns."""
     widths = [max(map(len, cells)) for cells in zip(*rows, strict=True)]
     return "\n".join(
         "  ".join(cell.ljust(width) for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows
@@ -76,7 +76,7 @@ def _summary(record: dict[str, Any] | None, markdown: bool = False) -> str:
 
 
 def verify(name: str) -> tuple[Path, str]:
-    """Checks a weights file against its record: size, hash, layout, finite numbers.
+    """Checks a weights file against its record: size, hash, layout, finite values.
 
     Args:
         name: `architecture.tag`.
@@ -107,15 +107,16 @@ def convert(
     license: str | None = None,
     data: str | None = None,
 ) -> tuple[Path, dict[str, Any]]:
-    """Converts a checkpoint, released or ours, to safetensors in our layout, and writes its record beside it.
+    """Converts a checkpoint, released or ours, to safetensors in our layout, and writes its record next to it.
 
-    The record is filled from the file, the arguments and a `summary.json` of `train_imagenet.py` beside the checkpoint;
-    the rest is null. It pins the sha256: no other file is then loaded from, or saved to, `weights_dir()` by that name.
+    The record is filled from the file, the arguments, and a `summary.json` of `train_imagenet.py` next to the
+    checkpoint. All other fields are null. The record pins the sha256: from then on, no other file is loaded from or
+    saved to `weights_dir()` under that name.
 
     Args:
         path: The checkpoint.
         name: `architecture.tag` for the weights.
-        out: The file to write. None means `NAME.safetensors` in `weights_dir()`, where `timm.create_model` finds it.
+        out: Output file. None means `NAME.safetensors` in `weights_dir()`, where `timm.create_model` finds it.
         use_ema: As in `weights.read`.
         trained_by: Who trained the weights.
         license: Their licence.
@@ -128,7 +129,7 @@ def convert(
         FileNotFoundError: There is no such checkpoint.
         OSError: `out` cannot be written.
         RuntimeError: The checkpoint cannot be read.
-        ValueError: It does not fit the model, or the name is taken by other weights.
+        ValueError: The checkpoint does not fit the model, or the name is invalid or taken by other weights.
     """
     architecture, tag = split_model_name_tag(name)
     if not re.fullmatch("[a-z0-9_]+", tag):
@@ -167,7 +168,7 @@ _TRAINING = ("data", "epochs", "command", "hardware", "time")
 
 
 def _blank(architecture: str, tag: str, num_classes: int) -> dict[str, Any]:
-    """A record of which nothing is known but how the architecture prepares images."""
+    """Returns a record with nothing filled in but the model, its number of classes and its preprocessing."""
     cfg = get_pretrained_cfg(architecture)
     of_input = ("input_size", "pool_size", "fixed_input_size", "mean", "std", "interpolation", "crop_pct")
     return dict(
@@ -185,6 +186,8 @@ def _blank(architecture: str, tag: str, num_classes: int) -> dict[str, Any]:
 def fetch(name: str) -> Path:
     """Downloads a file that was published without a hash to `weights_dir()`, then converts, checks and pins it.
 
+    A file that was published with a hash, or that is pinned and present, is only obtained and verified.
+
     Args:
         name: `architecture.tag`.
 
@@ -193,10 +196,10 @@ def fetch(name: str) -> Path:
 
     Raises:
         ImportError: gdown is not installed.
-        KeyError: The manifest has no such record.
+        KeyError: There is no such record.
         OSError: The download failed, or the file cannot be written.
         RuntimeError: The download is not a checkpoint.
-        ValueError: It does not fit the model, or a different file was pinned before.
+        ValueError: The download does not fit the model, or a different file was pinned before.
     """
     file = weights.manifest().get(name, weights.record(name))["file"]
     if file["sha256"] or (weights.record(name)["file"]["sha256"] and weights.find(name)):
@@ -216,7 +219,10 @@ def fetch(name: str) -> Path:
 
 
 def _from_run(summary: dict[str, Any], file: str) -> dict[str, Any]:
-    """What a run's `summary.json` knows of the record of one of its files; an accuracy only of the best weights."""
+    """Returns the fields of a weights file's record that are known from the `summary.json` of its training run.
+
+    The top-1 accuracy is included for the best weights only.
+    """
     hardware = summary["hardware"]
     device = f"{hardware['processes']} x {hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} threads"
     training = dict(
@@ -232,11 +238,13 @@ def _from_run(summary: dict[str, Any], file: str) -> dict[str, Any]:
 
 
 def export(name: str, folder: str | Path) -> None:
-    """Writes a folder that `timm.create_model("local-dir:FOLDER")` and the Hugging Face Hub load, with a model card.
+    """Exports weights to a folder for `timm.create_model("local-dir:FOLDER")` and the Hugging Face Hub.
+
+    The folder includes a model card.
 
     Args:
         name: `architecture.tag`.
-        folder: A new folder.
+        folder: Output folder, new or empty.
 
     Raises:
         FileExistsError: The folder exists and is not empty.
@@ -251,13 +259,13 @@ def export(name: str, folder: str | Path) -> None:
     labels = dict(label_names=record["label_names"]) if record["label_names"] else {}
     save_for_hf(model, str(folder), model_config=labels, safe_serialization=True)
     config = json.loads((folder / "config.json").read_text())
-    config["model_args"].pop("num_classes")  # it stands at the top; here transformers' TimmWrapper would pass it twice
+    config["model_args"].pop("num_classes")  # also at the top level; transformers' TimmWrapper would pass it twice
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
     (folder / "README.md").write_text(card(name), encoding="utf-8")
 
 
 def card(name: str) -> str:
-    """A model card in Markdown, made from the record.
+    """Returns a model card in Markdown, generated from the record.
 
     Args:
         name: `architecture.tag`.

@@ -1,7 +1,7 @@
-"""Imported by Python in the processes that `container run` starts, where importing timm registers the family.
+"""Makes importing timm register the family, in the processes that `container run` starts.
 
-`container run` puts this folder in front of PYTHONPATH, so no other process reads it. Nothing is imported that the
-process does not import: the family comes with timm, once timm itself is there.
+Python imports this file at start-up, because `container run` puts its folder first in PYTHONPATH. No other process
+reads it. It does not import timm itself: `container` is imported only if the process imports timm, right after timm.
 """
 
 import importlib
@@ -12,15 +12,15 @@ from typing import Any
 
 
 class AfterTimm:
-    """Finds timm as usual, and imports `container` right after it."""
+    """Import hook that finds timm as usual and imports `container` right after it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """timm's own spec, whose loader also imports `container`; None for other modules."""
+        """Returns timm's own spec, with a loader that also imports `container`; None for other modules."""
         if name != "timm":
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
-        if spec is not None and spec.loader is not None:  # looking for timm does not import it: transformers only looks
+        if spec is not None and spec.loader is not None:  # a lookup must not import: transformers only looks for timm
             loader: Any = spec.loader
             execute = loader.exec_module
 
@@ -35,7 +35,7 @@ class AfterTimm:
 
 
 def _read_the_next() -> None:
-    """What Python would have read in place of this file, if there is one."""
+    """Imports the `sitecustomize` that Python would have found without this file, if there is one."""
     del sys.modules["sitecustomize"]
     try:
         importlib.import_module("sitecustomize")
