@@ -1,16 +1,16 @@
-"""The paper's comparison of affinities, at small scale: one architecture, matched parameters, one recipe, some seeds.
+"""Repeats the paper's comparison of affinities at small scale: one architecture, matched parameters, several seeds.
 
 python -m benchmarks.affinity_study --data-dir cifar10 --data-dir tiny-imagenet-50 --out study      one GPU
 python -m benchmarks.affinity_study --data-dir cifar10 --short --out study                          two cores, 2 h
 
-Two questions: which mixture of affinities is best, and does mixing converge in fewer epochs than attention alone? Every
-member has the blocks of `container_nano` at the same four grids, and an MLP as wide as makes its parameters those of
-CONTAINER; a ResNet, a ConvNeXt and a DeiT of timm's are made as wide as comes closest. All train alike.
+It asks two questions. Which mixture of affinities is best? Does mixing converge in fewer epochs than attention alone?
+Every member has the blocks of `container_nano` at the same four grids, with an MLP width that matches the parameter
+count of CONTAINER. timm's ResNet, ConvNeXt and DeiT get the width that comes closest. All are trained with one recipe.
 
-The command can be stopped and started again: a run (data, member, seed) that is finished is in a file of its own and is
-not repeated. The report is made from these files alone: `runs.csv` (every epoch of every run), `gates.csv`, `table.md`,
-and pictures. A seed run again on the same device gives the same numbers: on a CPU each run has one thread and there are
-as many at once as cores.
+The command can be stopped and started again: each finished run (dataset, member, seed) has its own file and is not
+repeated. The report is made from these files alone: `runs.csv` (every epoch of every run), `gates.csv`, `table.md`, and
+plots. A seed that is run again on the same device gives the same numbers. On a CPU, each run uses one thread, and there
+are as many runs at once as cores.
 """
 
 import argparse
@@ -60,7 +60,7 @@ PEERS = ("resnet", "convnext", "deit")
 
 
 class Data(NamedTuple):
-    """Images in memory, as bytes."""
+    """Dataset in memory, with images as bytes."""
 
     name: str
     classes: int
@@ -71,10 +71,10 @@ class Data(NamedTuple):
 
 
 class Recipe(NamedTuple):
-    """What every run shares."""
+    """Training settings shared by all runs."""
 
     epochs: int = 12
-    images: int = 0  # so many to train on, of each class as many; 0 is all
+    images: int = 0  # number of training images, the same for each class; 0 for all
     test_images: int = 0
     batch_size: int = 128
     lr: float = 1e-3
@@ -87,10 +87,10 @@ SHORT = Recipe(images=5000, test_images=2500, batch_size=64)
 
 
 def splits(folder: str) -> tuple[Path, Path]:
-    """`train`, and `val` or `test`, of an ImageNet-layout folder.
+    """Returns `train`, and `val` or `test`, of a folder in ImageNet layout.
 
     Raises:
-        SystemExit: It lacks one of them.
+        SystemExit: One of them is missing.
     """
     root = Path(folder)
     test = next((root / name for name in ("val", "test") if (root / name).is_dir()), None)
@@ -101,16 +101,21 @@ def splits(folder: str) -> tuple[Path, Path]:
 
 @functools.cache
 def load(folder: str, images: int, test_images: int) -> Data:
-    """So many images of an ImageNet-layout folder, the first of each class, by name; 0 is all.
+    """Loads images from a folder in ImageNet layout.
+
+    Args:
+        folder: Folder with `train`, and `val` or `test`.
+        images: Number of training images, the first of each class by name; 0 for all.
+        test_images: Number of test images, likewise.
 
     Raises:
-        SystemExit: There is no such folder, fewer images than classes are asked for, or the images are neither all
+        SystemExit: A folder is missing, fewer images than classes are requested, or the images are neither all
             32 x 32 nor all 64 x 64.
     """
     found: list[Tensor] = []
     for split, wanted in zip(splits(folder), (images, test_images), strict=True):
         dataset = ImageFolder(str(split))
-        limit = wanted // len(dataset.classes)  # of each class
+        limit = wanted // len(dataset.classes)  # per class
         if wanted and limit < 1:
             raise SystemExit(f"affinity_study: {wanted} images are not one of each of {len(dataset.classes)} classes")
         taken: dict[int, int] = {}
@@ -130,12 +135,15 @@ def load(folder: str, images: int, test_images: int) -> Data:
 
 
 def parameters(model: nn.Module) -> int:
-    """How many there are."""
+    """Returns the number of parameters."""
     return sum(p.numel() for p in model.parameters())
 
 
 def build(name: str, classes: int, size: int, width: float) -> nn.Module:
-    """A member with an MLP of that ratio, or a peer of that width; grids of 16, 8, 4 and 2, but DeiT's one of 8."""
+    """Builds a member with `width` as its MLP ratio, or a peer with that width.
+
+    The grids have a side of 16, 8, 4 and 2 tokens, except for DeiT, which has a single grid with a side of 8.
+    """
     widths = tuple(int(width) * m for m in (1, 2, 4, 8))
     if name == "resnet":
         model: Any = timm.create_model("resnet18", num_classes=classes, channels=widths)
@@ -161,15 +169,15 @@ def _width(name: str, classes: int, size: int) -> float:
     with torch.device("meta"):
         target = parameters(build("container", classes, size, 4.0))
         count = functools.cache(lambda width: parameters(build(name, classes, size, width)))
-        first = bisect.bisect_left(choices, target, key=count)  # it grows with the width
+        first = bisect.bisect_left(choices, target, key=count)  # the count grows with the width
         return min(choices[max(first - 1, 0) : first + 1], key=lambda width: abs(count(width) - target))
 
 
 def create(name: str, classes: int, size: int) -> nn.Module:
-    """A member of the study, or a peer, with the parameters of CONTAINER as nearly as its width allows.
+    """Creates a member of the study or a peer, with a parameter count as close to CONTAINER's as its width allows.
 
     Raises:
-        SystemExit: There is none of that name.
+        SystemExit: No member or peer has that name.
     """
     if name not in (*MEMBERS, *PEERS):
         raise SystemExit(f"affinity_study: no member {name!r}: choose from {', '.join([*MEMBERS, *PEERS])}")
@@ -177,7 +185,13 @@ def create(name: str, classes: int, size: int) -> nn.Module:
 
 
 def augment(images: Tensor, pad: int, generator: torch.Generator) -> Tensor:
-    """Random crops of padded images, half of them mirrored: (B, 3, S, S), uint8, on the device of the generator."""
+    """Crops padded images at random, and flips half of them horizontally.
+
+    Args:
+        images: (B, 3, S, S), uint8, on the device of the generator.
+        pad: Pixels of zero padding on each side.
+        generator: Source of the random numbers.
+    """
     count, _, side, _ = images.shape
     draw = functools.partial(torch.randint, generator=generator, device=images.device)
     rows, columns = (draw(0, 2 * pad + 1, (count, 1)) + torch.arange(side, device=images.device) for _ in range(2))
@@ -198,18 +212,18 @@ def train(
     graph: bool = False,
     mix: Mixup | None = None,
 ) -> Iterator[dict[str, Any]]:
-    """Trains a model and yields an entry after each epoch: its loss, the accuracy behind it, its seconds.
+    """Trains a model, and yields an entry after each epoch: training loss, test accuracy, seconds.
 
     Args:
-        model: On the device, compiled or not.
-        seed: Of the order of the images and of their augmentation.
-        data: On the device.
-        recipe: How.
-        device: Where.
-        label: What its lines on the terminal begin with.
-        graph: Replay each step as one CUDA graph: a small model is then as fast as its kernels. Recording takes
-            three more steps, at the lowest rate.
-        mix: CutMix of a batch on the device; its numbers are NumPy's.
+        model: Model on the device, compiled or not.
+        seed: Seed for the order and the augmentation of the images.
+        data: Dataset on the device.
+        recipe: Training settings.
+        device: Device to train on.
+        label: Prefix of the line printed after each epoch.
+        graph: Whether to replay each step as one CUDA graph, so that a small model does not wait for kernel launches.
+            Capturing the graph takes three extra steps, at the lowest learning rate.
+        mix: CutMix for a batch on the device, or None. It draws its random numbers from NumPy.
     """
     size = data.images.shape[-1]
     generator = torch.Generator(device).manual_seed(seed)
@@ -232,7 +246,7 @@ def train(
         return torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda")
 
     smoothing = recipe.smoothing if mix is None else 0.0  # mixed targets are smoothed already
-    images = data.images[: recipe.batch_size].clone()  # a graph reads its batch from one place
+    images = data.images[: recipe.batch_size].clone()  # a graph always reads its batch from here
     targets = data.labels[: recipe.batch_size].clone()
     if mix is not None:
         targets = mix(images, targets)[1]
@@ -245,11 +259,11 @@ def train(
         loss = F.cross_entropy(logits.float(), targets, label_smoothing=smoothing)
         loss.backward()
         optimizer.step()
-        optimizer.zero_grad()  # before the next forward pass, whose CUDA graph may want their memory
+        optimizer.zero_grad()  # before the next forward pass, whose CUDA graph may need this memory
         losses.add_(loss.detach())
 
     def keep_rates() -> None:
-        """Writes the scheduler's new rates, which are numbers, where a graph reads them."""
+        """Copies the scheduler's new learning rates, which are numbers, to the tensors that a graph reads."""
         for group, rate in zip(optimizer.param_groups, rates, strict=True):
             rate.fill_(group["lr"])
             group["lr"] = rate
@@ -286,10 +300,10 @@ def train(
 
 
 def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) -> dict[str, Any]:
-    """Trains one member with one seed; the data are on the device.
+    """Trains one member with one seed, on data that is already on the device.
 
     Returns:
-        Its history, one entry an epoch, and alpha and beta of every block.
+        The settings, the history with one entry per epoch, and alpha and beta of every block.
     """
     torch.manual_seed(seed)
     model = create(name, data.classes, data.images.shape[-1]).to(device)
@@ -307,7 +321,10 @@ def run(name: str, seed: int, data: Data, recipe: Recipe, device: torch.device) 
 
 
 def _worker() -> None:
-    """Prepares a process for runs: one thread on a CPU, repeatable, stopped by its parent or with it."""
+    """Prepares a process for reproducible runs with one CPU thread.
+
+    It ignores Ctrl-C: its parent stops it, or it ends together with its parent.
+    """
 
     def end_with_parent() -> None:
         parent = multiprocessing.parent_process()
@@ -323,7 +340,7 @@ def _worker() -> None:
 
 
 def _finish(file: Path, folder: str, name: str, seed: int, recipe: Recipe, device: torch.device) -> None:
-    """Does a run in one of the processes and writes its file."""
+    """Performs one run in a worker process, and writes its result file."""
     data = load(folder, recipe.images, recipe.test_images)
     if len(data.images) < recipe.batch_size:
         raise SystemExit(f"affinity_study: {folder} has {len(data.images)} images, a batch {recipe.batch_size}")
@@ -334,7 +351,7 @@ def _finish(file: Path, folder: str, name: str, seed: int, recipe: Recipe, devic
 
 
 def interval(values: list[float]) -> tuple[float, float]:
-    """(mean, half of the 95 % interval by Student's t); infinite for one value."""
+    """Returns the mean and half of its 95 % confidence interval by Student's t, which is infinite for one value."""
     from scipy.stats import t
 
     if len(values) < 2:
@@ -349,12 +366,16 @@ def _shown(values: list[float], digits: int = 2) -> str:
 
 
 def first_epoch(history: list[dict[str, Any]], top1: float) -> int | None:
-    """The first epoch whose accuracy is at least that, or None."""
+    """Returns the first epoch whose accuracy is at least `top1`, or None."""
     return next((entry["epoch"] for entry in history if entry["top1"] >= top1), None)
 
 
 def table(runs: list[dict[str, Any]]) -> str:
-    """One line a member: last accuracy, how far above either half alone, seed by seed, epochs to attention's last."""
+    """Returns a table with one row per member.
+
+    It has the last accuracy, and the gain over attention alone and over convolution alone (seed by seed). The last
+    column is the number of epochs to reach attention's last accuracy.
+    """
     by_member: dict[str, dict[int, dict[str, Any]]] = {}
     for one in runs:
         by_member.setdefault(one["member"], {})[one["seed"]] = one
@@ -388,7 +409,7 @@ def table(runs: list[dict[str, Any]]) -> str:
 
 
 def report(out: Path) -> None:
-    """Writes `runs.csv`, `gates.csv`, `table.md` and a picture per data set from finished runs; prints the tables."""
+    """Writes `runs.csv`, `gates.csv`, `table.md` and a plot per dataset from finished runs, and prints the tables."""
     order = {name: i for i, name in enumerate([*MEMBERS, *PEERS])}
     files = sorted(out.glob("*/*.json"))
     runs = sorted(
@@ -416,7 +437,7 @@ def report(out: Path) -> None:
 
 
 def draw(runs: list[dict[str, Any]], path: Path) -> None:
-    """Accuracy over epochs, mean and range of the seeds, and alpha and beta by depth, into a PNG."""
+    """Plots accuracy over epochs (mean and range of the seeds), and alpha and beta by depth, to a PNG."""
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -460,22 +481,22 @@ def draw(runs: list[dict[str, Any]], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Does the runs that are not done, then the report."""
+    """Performs the runs that are not finished, then writes the report."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.affinity_study",
         description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--data-dir", action="append", default=[], help="an ImageNet-layout folder; may be repeated")
+    parser.add_argument("--data-dir", action="append", default=[], help="folder in ImageNet layout; may be repeated")
     parser.add_argument("--out", required=True, metavar="DIR")
-    parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all")
+    parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all members")
     parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
     short = f"{SHORT.images} images to train on, {SHORT.test_images} to test on, batches of {SHORT.batch_size}"
     parser.add_argument("--short", action="store_true", help=short)
-    parser.add_argument("--epochs", type=int, help=f"default {Recipe().epochs}")
-    parser.add_argument("--images", type=int, help="so many to train on, of each class as many; default all")
+    parser.add_argument("--epochs", type=int, help=f"number of epochs; default: {Recipe().epochs}")
+    parser.add_argument("--images", type=int, help="number of training images, the same for each class; default: all")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: the cores, or 1 on a GPU")
+    parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per core, or 1 on a GPU")
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)
     recipe = SHORT if args.short else Recipe()

@@ -1,9 +1,10 @@
-"""A model on 32 x 32 or 64 x 64 images in a given time: data and augmentation on the device, as in the study.
+"""Trains a model on 32 x 32 or 64 x 64 images in a given time, with data and augmentation on the device.
 
 python -m benchmarks.cifar --data-dir cifar10 --seconds 180 --graph --out OUT
 
-The speed is measured first, then as many epochs are trained as fit, with a learning rate that ends with them. The
-result is that of the last epoch; nothing is chosen by the test images. `--epochs` of the record repeats a run.
+The speed is measured first. The model is then trained for as many epochs as fit, with a learning rate schedule that
+ends with them. The result is that of the last epoch; nothing is chosen by the test images. To repeat a run, pass the
+epochs in its record as --epochs. The training loop is that of benchmarks.affinity_study.
 """
 
 import argparse
@@ -29,15 +30,18 @@ from . import measure
 def epoch_seconds(
     model: nn.Module, data: study.Data, recipe: study.Recipe, device: torch.device, steps: int, graph: bool
 ) -> float:
-    """How long an epoch takes, from some steps and a look at as large a share of the test images.
+    """Estimates the duration of an epoch from some training steps and an equal share of the test images.
 
     Args:
-        model: On the device; if compiled, it is compiled here. Its weights are as before.
-        data: On the device.
-        recipe: Of the run.
-        device: Where.
-        steps: So many.
-        graph: Replayed as a CUDA graph.
+        model: Model on the device. If it uses torch.compile, it is compiled here. Its weights are restored afterwards.
+        data: Dataset on the device.
+        recipe: Training settings of the run.
+        device: Device to train on.
+        steps: Number of training steps.
+        graph: Whether the steps are replayed as a CUDA graph.
+
+    Returns:
+        Seconds per epoch.
     """
     kept = copy.deepcopy(model.state_dict())
     share = steps * recipe.batch_size / len(data.images)
@@ -48,30 +52,32 @@ def epoch_seconds(
         test_images=data.test_images[:test],
         test_labels=data.test_labels[:test],
     )
-    probe = recipe._replace(epochs=2, warmup_epochs=0)  # the first is for compilers
+    probe = recipe._replace(epochs=2, warmup_epochs=0)  # the first includes compilation
     history = study.train(model, 0, some, probe, device, "to measure the speed", graph)
     first, second = (entry["seconds"] for entry in history)
-    model.load_state_dict(kept)  # in place: a compiled model goes on knowing them
+    model.load_state_dict(kept)  # in place, so that a compiled model keeps its tensors
     print(f"  ready after {first:.1f} s", file=sys.stderr)
     return second / share
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains, and writes `cifar.json` and `MODEL.safetensors` with --out, after every epoch."""
+    """Trains the model, and writes `cifar.json` and `MODEL.safetensors` to --out after every epoch."""
     start = time.perf_counter()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.cifar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", required=True, help="an ImageNet-layout folder of 32 x 32 or 64 x 64 images")
+    parser.add_argument("--data-dir", required=True, help="folder in ImageNet layout of 32 x 32 or 64 x 64 images")
     parser.add_argument("--model", default="container_light_nano_32")
-    parser.add_argument("--seconds", type=float, default=120.0, help="for everything; default 120")
-    parser.add_argument("--epochs", type=int, help="so many, however long they take")
+    parser.add_argument("--seconds", type=float, default=120.0, help="time for the whole command; default: 120")
+    parser.add_argument("--epochs", type=int, help="number of epochs, however long they take; default: as many as fit")
     parser.add_argument("--batch-size", type=int, default=256)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix, 0 for none")
+    parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix; default: 0, off")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--images", type=int, default=0, help="so many to train on, and half to test")
-    parser.add_argument("--compile", nargs="?", const="inductor", metavar="BACKEND", help="torch.compile; inductor")
+    parser.add_argument("--images", type=int, default=0, help="training images, and half as many to test; default: all")
+    parser.add_argument(
+        "--compile", nargs="?", const="inductor", metavar="BACKEND", help="use torch.compile; default backend: inductor"
+    )
     parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph; not with --compile")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="DIR", required=True)
@@ -90,12 +96,12 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = timm.create_model(args.model, num_classes=data.classes).to(device)
     model = model.to(memory_format=torch.channels_last)
-    if args.compile:  # its CUDA graphs make a small model as fast as its kernels
+    if args.compile:  # its CUDA graphs save a small model the wait for kernel launches
         model.compile(backend=args.compile, mode="reduce-overhead" if args.compile == "inductor" else None)
     recipe = study.Recipe(batch_size=args.batch_size, lr=args.lr)
     mix = None
     if args.cutmix:
-        np.random.seed(args.seed)  # where timm's CutMix draws
+        np.random.seed(args.seed)  # the random generator of timm's CutMix
         mix = Mixup(0.0, args.cutmix, label_smoothing=recipe.smoothing, num_classes=data.classes)
     epochs = args.epochs
     if epochs is None:

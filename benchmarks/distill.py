@@ -1,11 +1,11 @@
-"""Photo weights in some minutes of one GPU: several students learn one teacher's logits, from the same fresh views.
+"""Distils one teacher into several students in minutes on one GPU, with the same fresh views for all of them.
 
 python -m benchmarks.distill container_light=1e-3 container_nano=2e-3 --photos DIR --teacher-checkpoint FILE --out OUT
 
-A student comes with its highest learning rate. All photos lie on the device, where crops are drawn; the teacher sees
-each view once, and all students learn from what it says. On a GPU the whole step is one CUDA graph: models this small
-take longer to launch than to compute. The rate follows the time, as a cosine: a run is over when its --seconds are.
-What `train_imagenet.py --recipe distill` does for one student and a repeatable run, this does for a budget.
+Each student is given with its highest learning rate. All photos are kept on the device, where crops are drawn. The
+teacher sees each view once, and all students learn from its logits. On a GPU, the whole step is one CUDA graph, since
+models this small take longer to launch than to compute. The learning rate is a cosine of the elapsed time, so a run
+ends when its --seconds are over. For a repeatable run with one student, use `train_imagenet.py --recipe distill`.
 """
 
 import argparse
@@ -34,23 +34,23 @@ from container.training import Compute, Divergence, Images, Teacher, open_photos
 
 from . import measure
 
-_LONG = 204  # pixels of the longer side of a photo that is kept: 136 by 3 / 2
-_TRIES = 10  # boxes of which the first that fits is taken, as in timm
+_LONG = 204  # pixels of the longer side of a stored photo: 136 times 3 / 2
+_TRIES = 10  # boxes per crop, of which the first that fits is taken, as in timm
 _MEAN, _STD = timm.data.IMAGENET_DEFAULT_MEAN, timm.data.IMAGENET_DEFAULT_STD
 
 
 def load(photos: Images, side: int, device: torch.device, workers: int) -> tuple[Tensor, Tensor]:
-    """All photos on the device.
+    """Loads all photos to the device.
 
     Args:
-        photos: Whose labels are not read.
-        side: Pixels that the longer side has at most.
-        device: Where.
-        workers: Threads that decode.
+        photos: The photos. Their labels are not used.
+        side: Largest length of the longer side, in pixels.
+        device: Device to load to.
+        workers: Number of decoding threads.
 
     Returns:
-        Pixels, uint8, of shape (photos, 3, side, side), each in the upper left corner and its edges repeated; heights
-        and widths, of shape (photos, 2).
+        Pixels, uint8, of shape (photos, 3, side, side), with each photo in the upper left corner and its edges
+        repeated; heights and widths, of shape (photos, 2).
     """
     pixels = torch.empty(len(photos), 3, side, side, dtype=torch.uint8)
     sizes = torch.empty(len(photos), 2)
@@ -68,12 +68,14 @@ def load(photos: Images, side: int, device: torch.device, workers: int) -> tuple
 
 
 def boxes(sizes: Tensor, scale: tuple[float, float], random: torch.Generator) -> Tensor:
-    """Crops as timm draws them: a share of the area, a ratio of sides from 3 / 4 to 4 / 3, the whole if none fits.
+    """Draws random crops like timm: by a share of the area and an aspect ratio from 3 / 4 to 4 / 3.
+
+    If no crop fits, the whole image is used.
 
     Args:
         sizes: Heights and widths, of shape (images, 2).
-        scale: Of the share.
-        random: On the device of the sizes.
+        scale: Range of the share of the area.
+        random: Generator on the device of the sizes.
 
     Returns:
         Left, top, right and bottom, of shape (images, 4).
@@ -87,7 +89,7 @@ def boxes(sizes: Tensor, scale: tuple[float, float], random: torch.Generator) ->
     ratio = uniform(math.log(3 / 4), math.log(4 / 3), count, _TRIES).exp()
     tries = torch.stack([(area / ratio).sqrt(), (area * ratio).sqrt()], dim=2)  # heights and widths
     fits = (tries <= sizes[:, None]).all(dim=2)
-    first = fits.int().argmax(dim=1)  # of several, the first
+    first = fits.int().argmax(dim=1)  # index of the first that fits
     chosen = tries[torch.arange(count, device=sizes.device), first]
     chosen = torch.where(fits.any(dim=1, keepdim=True), chosen, sizes)
     corner = uniform(0, 1, count, 2) * (sizes - chosen)
@@ -95,20 +97,20 @@ def boxes(sizes: Tensor, scale: tuple[float, float], random: torch.Generator) ->
 
 
 def views(pixels: Tensor, sizes: Tensor, scale: tuple[float, float], size: int, random: torch.Generator) -> Tensor:
-    """Views of photos as all models see them: cropped, flipped, normalized, mixed in pairs.
+    """Creates the views that all models see: photos cropped, flipped, normalised and mixed in pairs.
 
-    Each is mixed with the one at its place from the end, x' = l x + (1 - l) x_j, with l uniform in [0, 1]: mixup
+    Image i of n is mixed with image j = n - 1 - i, x' = l x + (1 - l) x_j, with l uniform in [0, 1]. This is mixup
     (Zhang et al. 2018) with alpha 1, drawn for each image, as in Beyer et al. 2022.
 
     Args:
         pixels: Photos, of shape (images, 3, side, side).
-        sizes: Theirs, of shape (images, 2).
-        scale: Share of the area.
-        size: Side of a view.
-        random: On the same device.
+        sizes: Their heights and widths, of shape (images, 2).
+        scale: Range of the share of the area.
+        size: Image size of a view.
+        random: Generator on the same device.
 
     Returns:
-        Float32, of shape (images, 3, size, size).
+        Views in float32, of shape (images, 3, size, size).
     """
     count, device = len(pixels), pixels.device
     numbers = torch.arange(count, device=device, dtype=torch.float32)[:, None]
@@ -123,15 +125,15 @@ def views(pixels: Tensor, sizes: Tensor, scale: tuple[float, float], size: int, 
 
 
 class Student:
-    """A model that learns, with its optimizer.
+    """Student model with its optimizer.
 
     Args:
-        name: A timm model.
+        name: Name of a timm model.
         rate: Highest learning rate.
-        checkpoint: Weights to begin from, or None for random ones.
-        loss: Of its logits from the teacher's.
-        compute: Where, in which type and layout.
-        clip: Largest norm of a gradient.
+        checkpoint: Weights to start from, or None for random ones.
+        loss: Divergence between its logits and the teacher's.
+        compute: Device, dtype and memory layout.
+        clip: Maximum gradient norm.
     """
 
     def __init__(
@@ -142,18 +144,18 @@ class Student:
         self.model = model.train().to(compute.device)
         if compute.channels_last:
             self.model.to(memory_format=torch.channels_last)
-        gpu = compute.device.type == "cuda"  # in a graph the rate has to be a tensor on the device
+        gpu = compute.device.type == "cuda"  # a graph needs the learning rate as a tensor on the device
         self.lr = torch.zeros((), device=compute.device)
         groups = param_groups_weight_decay(self.model, 0.05)
         self.optimizer = torch.optim.AdamW(groups, lr=self.lr, fused=gpu or None, capturable=gpu)
         self.loss = torch.zeros((), device=compute.device)  # the sum over steps
 
     def learn(self, images: Tensor, logits: Tensor) -> None:
-        """A step of AdamW.
+        """Does a training step with AdamW.
 
         Args:
             images: Views, of shape (images, 3, side, side).
-            logits: The teacher's, of shape (images, classes).
+            logits: The teacher's logits, of shape (images, classes).
         """
         with self.compute.autocast():
             loss = self.divergence(self.model(self.compute.layout(images)), logits)
@@ -164,13 +166,13 @@ class Student:
         self.loss += loss.detach()
 
     def mean_loss(self, steps: int) -> float:
-        """The mean over so many steps, all since the last call."""
+        """Returns the mean loss since the last call, which was `steps` steps ago."""
         mean = float(self.loss) / steps
         self.loss.zero_()
         return mean
 
     def save(self, folder: Path) -> None:
-        """Writes `MODEL.safetensors`, in half precision, with the names of the classes."""
+        """Writes `MODEL.safetensors` in half precision, with the class names."""
         state = {
             key: tensor.half() if tensor.is_floating_point() else tensor
             for key, tensor in self.model.state_dict().items()
@@ -181,7 +183,7 @@ class Student:
 
 
 def one_graph(step: Callable[[], None]) -> Callable[[], None]:
-    """The step as one CUDA graph, after three in which all that it needs is made."""
+    """Captures a step as one CUDA graph, after three warm-up steps that allocate all that it needs."""
     stream = torch.cuda.Stream()
     stream.wait_stream(torch.cuda.current_stream())
     with torch.cuda.stream(stream):
@@ -195,11 +197,11 @@ def one_graph(step: Callable[[], None]) -> Callable[[], None]:
 
 
 def rate_at(passed: float, warmup: float = 0.03) -> float:
-    """Share of the highest learning rate: linear up, then half a cosine down to zero.
+    """Returns the share of the highest learning rate: linear warm-up, then half a cosine down to zero.
 
     Args:
-        passed: Share of the run.
-        warmup: Share of the run that it takes to rise.
+        passed: Share of the run that has passed.
+        warmup: Share of the run used for warm-up.
     """
     if passed < warmup:
         return passed / warmup
@@ -207,28 +209,28 @@ def rate_at(passed: float, warmup: float = 0.03) -> float:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Trains until the time is over, and writes weights and `distill.json` every minute."""
+    """Trains until the time is up, and writes weights and `distill.json` every minute."""
     begin = time.monotonic()
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("students", nargs="+", metavar="MODEL=RATE")
-    parser.add_argument("--begin-from", type=Path, metavar="DIR", help="weights DIR/MODEL.safetensors to begin from")
+    parser.add_argument("--begin-from", type=Path, metavar="DIR", help="folder with MODEL.safetensors to start from")
     parser.add_argument(
-        "--photos", nargs="+", required=True, metavar="DIR", help="folders, with train/ and val/ or not"
+        "--photos", nargs="+", required=True, metavar="DIR", help="folders, at least one of them with train/ and val/"
     )
-    parser.add_argument("--exclude", default="ILSVRC2012_val_*", help="names of files to leave out")
+    parser.add_argument("--exclude", default="ILSVRC2012_val_*", help="pattern of file names to leave out")
     parser.add_argument("--teacher", default="tf_efficientnet_lite2")
     parser.add_argument("--teacher-checkpoint", required=True, metavar="FILE")
     parser.add_argument("--teacher-size", type=int, default=224)
     parser.add_argument("--temperature", type=float, default=2.0)
-    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="share of a photo that a view shows")
-    parser.add_argument("--seconds", type=float, default=480.0, help="for everything; default 480")
+    parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="range of the area of a crop")
+    parser.add_argument("--seconds", type=float, default=480.0, help="time for the whole command; default: 480")
     parser.add_argument("--batch-size", type=int, default=512)
     parser.add_argument("--img-size", type=int, default=128)
-    parser.add_argument("--workers", type=int, default=16, help="threads that decode")
+    parser.add_argument("--workers", type=int, default=16, help="number of decoding threads; default: 16")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--eager", action="store_true", help="no CUDA graph")
+    parser.add_argument("--eager", action="store_true", help="do not use a CUDA graph")
     parser.add_argument("--log-steps", type=int, default=50)
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", type=Path, required=True, metavar="DIR")
@@ -243,7 +245,7 @@ def main(argv: list[str] | None = None) -> None:
         if not timm.is_model(name):
             raise SystemExit(f"benchmarks: timm knows no model {name!r}")
     device = measure.pick_device(args.device)
-    torch.backends.cudnn.benchmark = False  # for five models its trials take more than a minute
+    torch.backends.cudnn.benchmark = False  # its trials take more than a minute for five models
     compute = Compute(device, "bfloat16" if device.type == "cuda" else "none", channels_last=True)
     torch.manual_seed(args.seed)
     random = torch.Generator(device).manual_seed(args.seed)
@@ -294,7 +296,7 @@ def main(argv: list[str] | None = None) -> None:
         replay()
         steps, since = steps + 1, since + 1
         if device.type == "cuda":
-            torch.cuda.synchronize()  # or the host would run far ahead of the time that it reads
+            torch.cuda.synchronize()  # otherwise the host runs far ahead of the GPU, and its clock misleads
         if passed == 1 or since == args.log_steps:
             row = dict(step=steps, seconds=round(time.monotonic() - begin, 1), passed=passed, rate=rate_at(passed))
             rows.append(row | {student.name: student.mean_loss(since) for student in students})

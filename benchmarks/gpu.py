@@ -1,7 +1,8 @@
-"""The plan of benchmarks/gpu.sh, which says what it is for: steps in order of worth, under one budget.
+"""Runs the steps of benchmarks/gpu.sh in order of importance, within one time budget. That file has the usage.
 
-A step is commands. Each has the step's limit, is killed at it with all that it started, and costs only itself when it
-fails. What it prints is shown and kept in OUT/STEP.log; what it measures it writes to OUT by itself, bit by bit.
+A step is a list of commands that share a time limit. A command that reaches the limit is killed with all processes that
+it started. A command that fails does not stop the others. Output is shown and kept in OUT/STEP.log. The commands write
+what they measure to OUT themselves, as they go.
 """
 
 import argparse
@@ -27,7 +28,7 @@ STUDENTS = ("container_light=1e-3", "container_light_tiny=1.2e-3", "container_li
 PROJECT = "container-timm"
 OURS = ("container_light", "container_light_mlp4", "container")
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "pvt_v2_b2")
-STAND_INS = {  # in a rehearsal
+STAND_INS = {  # small models for a rehearsal
     "container_light": "container_light_nano",
     "container_light_mlp4": "container_light_nano",
     "container": "container_light_nano",
@@ -39,8 +40,8 @@ class Step(NamedTuple):
     """A step of the plan."""
 
     name: str
-    seconds: float  # its limit
-    least: float  # it is left out where less is left
+    seconds: float  # time limit
+    least: float  # the step is left out if less time is left
     commands: list[list[str]]
 
 
@@ -55,28 +56,28 @@ def plan(
     teacher: str | None = None,
     transfer: str | None = None,
 ) -> list[Step]:
-    """Steps of those names, in order of worth.
+    """Returns the steps with the given names, in order of importance.
 
     Args:
-        out: Where they write.
-        seconds: For all of them, of which each gets its share.
-        rehearse: With small models and tiny sizes, on the CPU, and without compilers, which take minutes there.
-        released: The authors' models.py.
-        data: CIFAR-10.
-        names: Which.
-        photos: Folders to learn from.
-        teacher: Weights of EfficientNet-Lite2 in timm's layout.
-        transfer: Folder of data to fine-tune on.
+        out: Folder for their results.
+        seconds: Time for all steps, of which each gets its share.
+        rehearse: Whether to use small models and tiny sizes on the CPU, without compilers, which take minutes there.
+        released: Path of the authors' models.py, or None.
+        data: Folder of CIFAR-10, or None.
+        names: Names of the steps.
+        photos: Folders of photos to distil from.
+        teacher: Weights of EfficientNet-Lite2 in timm's layout, or None.
+        transfer: Folder of data to fine-tune on, or None.
     """
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
     ours, peers = [f"{name}:fused+{nhwc}" for name in OURS], [f"{name}:{nhwc}" for name in PEERS]
     infer = [f"{entry}{more}" for entry in (f"{OURS[0]}:{nhwc}", *ours, *peers) for more in ("", compiled)]
     train = [f"{name}:amp+channels_last" for name in (*OURS, *PEERS)]
-    # Whole training steps are not compiled in a minute, but their blocks one by one are; a graph then launches all.
-    whole = "+blocks" if rehearse else f"+blocks{graph}"  # there are no graphs on a CPU
+    # A minute is too short to compile a whole training step, but not its blocks one by one. A graph then launches all.
+    whole = "+blocks" if rehearse else f"+blocks{graph}"  # a CPU has no CUDA graphs
     compiled_train = [f"{name}:amp+channels_last{whole}" for name in (OURS[0], PEERS[0])]
     latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
-    infer += [f"{ours[0]}+max-autotune"]  # what compilers can do at most
+    infer += [f"{ours[0]}+max-autotune"]  # the most that compilers can do
     train += [f"{OURS[0]}:amp+channels_last+linear"]
     latency += [f"{ours[0]}+reduce-overhead"]
     if released:
@@ -113,7 +114,7 @@ def plan(
     pytest = ["-m", "gpu", "tests/test_gpu.py", "-q", "-W", "default", "-p", "no:cacheprovider", "--durations", 8]
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 64, "--epochs", 1] if rehearse else ["--graph"])]
-    cifar += ["--cutmix", 1]  # without it 56 epochs learn the photos by heart
+    cifar += ["--cutmix", 1]  # without it, 56 epochs overfit the images
     distill: list[object] = ["--photos", *photos, "--teacher-checkpoint", teacher, "--out", out / "distill"]
     if rehearse:
         distill += ["--teacher", "test_convnext", "--teacher-size", 64, "--device", "cpu", "--img-size", 32]
@@ -141,7 +142,7 @@ def plan(
         transfer=[command("benchmarks.transfer", *tuned)] if transfer else [],
         cifar=[measured("cifar", 256, *cifar)] if data else [],
     )
-    # Seconds of an H100 with 16 cores, of which compilers take the most; the last step takes what is left.
+    # Seconds on an H100 with 16 cores, most of them for compilation. The last step gets what is left.
     share = dict(distill=480 if photos and teacher else 0, tests=110, infer=115, train=150, latency=50, roofline=55)
     share["transfer"] = 420 if transfer else 0
     least = dict(distill=60, tests=60, infer=60, train=60, latency=30, roofline=25, transfer=60, cifar=45)
@@ -157,12 +158,12 @@ def plan(
 
 
 def check(rehearse: bool, files: dict[str, str | None], photos: Sequence[str] = ()) -> dict[str, Any]:
-    """What is here, and in `missing` what is not and has to be.
+    """Checks the requirements, and returns the versions found and a list of what is `missing`.
 
     Args:
-        rehearse: Whether a GPU is not needed.
+        rehearse: Whether this is a rehearsal, which needs no GPU.
         files: Paths that were given, by flag.
-        photos: Folders that were given.
+        photos: Folders of photos that were given.
     """
     from packaging.requirements import Requirement
 
@@ -200,7 +201,7 @@ def check(rehearse: bool, files: dict[str, str | None], photos: Sequence[str] = 
 
 
 def kill_descendants(spared: set[int]) -> None:
-    """Ends everything that this process has started and that still runs, but for those."""
+    """Kills all descendants of this process that are still running, except those in `spared`."""
     for _ in range(50):
         left = set(descendants(os.getpid())) - spared
         if not left:
@@ -210,10 +211,11 @@ def kill_descendants(spared: set[int]) -> None:
 
 
 def execute(command: list[str], seconds: float, log: Path, environment: dict[str, str]) -> dict[str, Any]:
-    """Runs a command, shows and keeps what it prints, and kills it at its limit.
+    """Runs a command, shows and logs its output, and kills it at its time limit.
 
     Returns:
-        `outcome` (done, failed, killed), `seconds`, and the last line that it printed.
+        `outcome` (done, failed or killed), `code` (the exit status, None if killed), `seconds`, and `said`, the last
+        line of output.
     """
     start, said = time.perf_counter(), ""
     before = set(descendants(os.getpid()))
@@ -249,16 +251,16 @@ def execute(command: list[str], seconds: float, log: Path, environment: dict[str
 
 
 def run(steps: list[Step], out: Path, seconds: float, environment: dict[str, str]) -> dict[str, Any]:
-    """Runs steps until the time is over, and writes `summary.json` after each.
+    """Runs steps until the time is up, and writes `summary.json` after each.
 
     Args:
-        steps: In order of worth.
-        out: Where `summary.json` and the logs go.
-        seconds: For all of them.
-        environment: Of the commands.
+        steps: Steps in order of importance.
+        out: Folder for `summary.json` and the logs.
+        seconds: Time for all steps.
+        environment: Environment variables of the commands.
 
     Returns:
-        What became of every step in `summary.json`, those of calls before included.
+        The records in `summary.json`, by step, including those of earlier calls.
     """
     end = time.monotonic() + seconds
     records = summary(out)
@@ -288,19 +290,19 @@ def run(steps: list[Step], out: Path, seconds: float, environment: dict[str, str
 
 
 def summary(out: Path) -> dict[str, Any]:
-    """What calls before have left in `summary.json`, by step."""
+    """Returns the records that earlier calls have left in `summary.json`, by step."""
     file = out / "summary.json"
     return json.loads(file.read_text())["steps"] if file.is_file() else {}
 
 
 def left_to_do(out: Path, only: Sequence[str] | None) -> list[str]:
-    """The steps asked for by name, or all that are not done."""
+    """Returns the steps requested by name, or else all that are not done."""
     before = summary(out)
     return [name for name in STEPS if (name in only if only else before.get(name, {}).get("outcome") != "done")]
 
 
 def make_images(folder: Path) -> None:
-    """Two classes of 32 x 32 noise, bright and dark, in the layout of CIFAR-10, for the rehearsal."""
+    """Writes 32 x 32 noise images of two classes, bright and dark, in the layout of CIFAR-10, for the rehearsal."""
     from PIL import Image
 
     noise = random.Random(0)
@@ -313,7 +315,7 @@ def make_images(folder: Path) -> None:
 
 
 def make_teacher(file: Path) -> None:
-    """A small model with random weights, for the rehearsal."""
+    """Writes the random weights of a small model, for the rehearsal."""
     import timm
     import torch
 
@@ -328,19 +330,19 @@ def write(out: Path, records: dict[str, Any]) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Checks the machine, runs the plan, and says what ran and what was left."""
+    """Checks the machine, runs the plan, and prints the outcome of every step."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)
     parser.add_argument("out", metavar="OUT")
-    parser.add_argument("--minutes", type=float, default=8.0, help="for everything; default 8")
-    parser.add_argument("--rehearse", action="store_true", help="the same steps on the CPU, with tiny sizes")
-    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=", ".join(STEPS))
+    parser.add_argument("--minutes", type=float, default=8.0, help="time for all steps; default: 8")
+    parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU, with tiny sizes")
+    parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"steps to run: {', '.join(STEPS)}")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
-    parser.add_argument("--data", metavar="DIR", help="CIFAR-10: DIR/{train,test}/CLASS/*")
-    parser.add_argument("--photos", nargs="+", default=[], metavar="DIR", help="photos for distill: DIR/{train,val}/**")
-    parser.add_argument("--teacher", metavar="FILE", help="EfficientNet-Lite2, by examples/efficientnet_lite.py")
-    parser.add_argument("--transfer", metavar="DIR", help="data to fine-tune on, as of benchmarks/transfer.py")
-    parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # where paths begin
+    parser.add_argument("--data", metavar="DIR", help="folder of CIFAR-10, with {train,test}/CLASS/*")
+    parser.add_argument("--photos", nargs="+", default=[], metavar="DIR", help="photos to distil from: {train,val}/**")
+    parser.add_argument("--teacher", metavar="FILE", help="EfficientNet-Lite2 from examples/efficientnet_lite.py")
+    parser.add_argument("--transfer", metavar="DIR", help="data to fine-tune on, as in benchmarks/transfer.py")
+    parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # base of relative paths
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} are none")
@@ -369,12 +371,12 @@ def main(argv: list[str] | None = None) -> None:
     environment = os.environ | {
         "TORCHINDUCTOR_CACHE_DIR": str(out / "cache" / "inductor"),
         "TRITON_CACHE_DIR": str(out / "cache" / "triton"),
-        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # of each of the processes that compile side by side
+        "TORCHINDUCTOR_COMPILE_THREADS": "4",  # in each of the processes that compile in parallel
         "OMP_NUM_THREADS": str(max(1, (os.cpu_count() or 1) // 8)),  # likewise
         "CONTAINER_TEST_DEVICE": "cpu" if args.rehearse else "cuda",
         "PYTHONUNBUFFERED": "1",
     }
-    if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: who loses its parent becomes ours, to be killed
+    if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: orphans become our children, so they can be killed
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     seconds = 60 * args.minutes - (time.monotonic() - start)
     steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), photos, teacher, transfer)

@@ -1,9 +1,9 @@
-"""Which kernels a model's step consists of, by the time that the device takes for them.
+"""Lists the kernels of a model's step, by the time that they take on the device.
 
 python -m benchmarks.kernels container_light:amp+channels_last --work train --batch-size 128 --steps 20
 
-Entries are those of benchmarks.speed. On a GPU the rows are kernels as torch.profiler sees them; on a CPU they are
-PyTorch's operators, and of an entry of OpenVINO its nodes, by its own counters. "busy" is the share of the step in
+Entries are those of benchmarks.speed. On a GPU, the rows are kernels, as recorded by torch.profiler. On a CPU, they are
+PyTorch operators, or for an OpenVINO entry its nodes, by OpenVINO's own counters. "busy" is the share of the step in
 which the device computes; in the rest it waits for the host.
 """
 
@@ -27,9 +27,9 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--img-size", type=int, default=224)
     parser.add_argument("--steps", type=int, default=20)
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; default inductor")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile; default: inductor")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
-    parser.add_argument("--shown", type=int, default=25, help="rows printed; default 25")
+    parser.add_argument("--shown", type=int, default=25, help="number of rows to print; default: 25")
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--name", default="kernels")
     args = parser.parse_args(argv)

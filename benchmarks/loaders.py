@@ -1,9 +1,9 @@
-"""How many training images a processor core makes in a second, by `--loader pil` and by `--loader tensor`.
+"""Measures how many training images per second a CPU core prepares, with `--loader pil` and `--loader tensor`.
 
     python -m benchmarks.loaders --photos DIR
 
-Counts processor time of this process, with one thread and no workers: what else the machine does matters little, and
-waiting for a disk not at all. Both loaders draw the same crops and operations.
+It counts the CPU time of this process, with one thread and no workers. Other load on the machine thus matters little,
+and waiting for a disk not at all. Both loaders draw the same crops and operations.
 """
 
 import argparse
@@ -32,16 +32,16 @@ from container.training.tensor import decode, tensor_transform
 
 RECIPE = Path(__file__).parent.parent / "container" / "training" / "recipes" / "paper.yaml"
 BATCH = 32  # images
-DECODING = "decoding alone"  # to images of all sizes, which make no batch
+DECODING = "decoding alone"  # gives images of different sizes, which cannot be batched
 
 Pipeline = Callable[[Any], Any]  # from an open file to an image
 
 
 def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
-    """Ways from a file to an image, by what they do and by loader.
+    """Returns the pipelines from a file to an image, by task and by loader.
 
     Args:
-        size: Side of the images in pixels.
+        size: Image size in pixels.
     """
     recipe = yaml.safe_load(RECIPE.read_text())
     cfg = timm.get_pretrained_cfg(recipe["model"])
@@ -72,22 +72,22 @@ def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
 
 
 class Photos(Dataset):
-    """Photos by one pipeline."""
+    """Dataset of photos that are read by one pipeline."""
 
     def __init__(self, paths: Sequence[Path], pipeline: Pipeline) -> None:
         self.paths, self.pipeline = paths, pipeline
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        """The image, and a class."""
+        """Returns the image, and 0 as its class."""
         with self.paths[index].open("rb") as file:
             return self.pipeline(file), 0
 
 
 def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Processor seconds an image, one number a round, of every pipeline and loader.
+    """Measures the CPU seconds per image of every pipeline and loader, one value per round.
 
-    That is seeding, reading, the pipeline, and making batches. Pipelines take turns at every batch, and which one
-    begins changes: neighbours on the same core slow all of them down alike.
+    They include seeding, reading, the pipeline, and collating batches. Pipelines take turns at every batch, and the
+    first one changes, so that other jobs on the same core slow all of them down alike.
     """
     works = [
         (name, loader, SeededDataset(Photos(paths, pipeline)))
@@ -106,14 +106,14 @@ def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str
                 if works[k][0] != DECODING:
                     fast_collate(images)
                 sums[k] += time.process_time() - start
-        if turn:  # the first is there to warm up
+        if turn:  # the first round is a warm-up
             for (name, loader, _), seconds in zip(works, sums, strict=True):
                 times.setdefault(name, {}).setdefault(loader, []).append(seconds / len(paths))
     return times
 
 
 def report(record: dict[str, Any]) -> str:
-    """The measurement as a Markdown table of images per second and core, with quartiles, and what it was made with."""
+    """Returns a Markdown table of images per second and core, with quartiles, and a description of the setup."""
 
     def cell(values: Sequence[float], digits: int) -> str:
         low, median, high = spread(values)
@@ -147,10 +147,10 @@ def _simd() -> bool:
 
 
 def find_photos(folder: Path, count: int) -> tuple[list[Path], dict[str, float]]:
-    """So many photos of a folder, evenly over it, and their mean size.
+    """Returns up to `count` photos, evenly spread over a folder, and their mean size.
 
     Raises:
-        SystemExit: It has none, or one that cannot be read.
+        SystemExit: The folder has no photos, or one of them cannot be read.
     """
     suffixes = get_img_extensions(as_set=True)
     paths = sorted(path for path in folder.rglob("*") if path.suffix.lower() in suffixes)
@@ -170,23 +170,23 @@ def find_photos(folder: Path, count: int) -> tuple[list[Path], dict[str, float]]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Measures, prints a table, and keeps the numbers.
+    """Runs the benchmark, prints a table, and writes the numbers with --json.
 
     Args:
-        argv: Arguments, or None for those of the process.
+        argv: Command-line arguments, or None for those of the process.
     """
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--photos", type=Path, required=True, help="folder of photos, however deep")
-    parser.add_argument("--count", type=int, default=300, help="photos to take, evenly over the folder")
-    parser.add_argument("--size", type=int, default=224, help="side of the images made, in pixels")
-    parser.add_argument("--rounds", type=int, default=7, help="turns of each pipeline")
-    parser.add_argument("--json", type=Path, help="file for all numbers")
+    parser.add_argument("--photos", type=Path, required=True, help="folder of photos, searched recursively")
+    parser.add_argument("--count", type=int, default=300, help="number of photos, evenly spread; default: 300")
+    parser.add_argument("--size", type=int, default=224, help="image size in pixels; default: 224")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds; default: 7")
+    parser.add_argument("--json", type=Path, help="JSON file for all numbers")
     args = parser.parse_args(argv)
     for name in ("count", "size", "rounds"):
         if getattr(args, name) < 1:
             parser.error(f"--{name} {getattr(args, name)} is not positive")
     threads = torch.get_num_threads()
-    torch.set_num_threads(1)  # as in a loader of data
+    torch.set_num_threads(1)  # as in a data loader worker
     try:
         paths, photos = find_photos(args.photos, args.count)
         record: dict[str, Any] = environment(torch.device("cpu")) | dict(

@@ -1,4 +1,4 @@
-"""What the benchmarks share: fair timing, memory, the record of the machine, tables, output."""
+"""Utilities shared by the benchmarks: fair timing, memory, the record of the machine, tables, output."""
 
 import ctypes
 import json
@@ -25,17 +25,18 @@ Work = Callable[[], Any]
 
 
 def interleave(works: dict[str, Work], rounds: int, seconds: float) -> dict[str, list[float]]:
-    """Times works by turns, so that whatever slows the machine down for a while slows all of them.
+    """Times several functions in turns, so that a temporary slowdown of the machine affects all of them.
 
-    Each is called once to warm up, then as often a turn as fills the given time; which one begins a round changes.
+    Each is called once to warm up. A turn then has as many calls as fill the given time. Each round begins with another
+    function.
 
     Args:
-        works: What is timed, by name.
-        rounds: Turns of each.
-        seconds: Least length of a turn.
+        works: Functions to time, by name.
+        rounds: Number of turns of each.
+        seconds: Minimum duration of a turn.
 
     Returns:
-        Seconds per call, one number a round, in the order of the rounds.
+        Seconds per call by name, one value per round, in the order of the rounds.
     """
     timers = {
         name: Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads())
@@ -56,18 +57,18 @@ def interleave(works: dict[str, Work], rounds: int, seconds: float) -> dict[str,
 
 
 class Graphed:
-    """A call on a GPU that, once captured, is one launch: the replay of a CUDA graph.
+    """Function on a GPU that, once captured, runs as a single launch: the replay of a CUDA graph.
 
     Args:
-        call: What it does; always the same, on the same tensors.
+        call: The function. It must always do the same, on the same tensors.
     """
 
     def __init__(self, call: Work) -> None:
-        self.call = call  # kept for good: a graph reads and writes its tensors, and does not keep them
+        self.call = call  # kept alive: a graph reads and writes its tensors, but does not own them
         self.replay: Work | None = None
 
     def capture(self) -> None:
-        """Runs the call three times, to let it allocate and choose kernels, then records it without running it."""
+        """Calls the function three times, so that it allocates memory and selects kernels, then captures the graph."""
         side = torch.cuda.Stream()
         side.wait_stream(torch.cuda.current_stream())
         with torch.cuda.stream(side):
@@ -85,19 +86,20 @@ class Graphed:
         self.replay = replay
 
     def __call__(self) -> Any:
-        """Does it."""
+        """Replays the graph if it has been captured, or else calls the function."""
         return self.call() if self.replay is None else self.replay()
 
 
 def device_seconds(work: Work, device: torch.device, calls: int = 5) -> float:
-    """Seconds a call for which the device computes: on a GPU the sum of its kernels' times, without the gaps between.
+    """Returns the seconds per call during which the device computes.
 
-    A host clock between two synchronisations also counts the launches, which are longer than small kernels.
+    On a GPU, this is the sum of its kernels' times, without the gaps between them. A host clock between two
+    synchronisations would also count the launches, which take longer than small kernels.
 
     Args:
-        work: What is timed, warmed up.
-        device: Where it computes. A CPU is its own host: there it is the time of the call.
-        calls: So many are averaged.
+        work: Function to time, already warmed up.
+        device: Device that it computes on. On a CPU, the result is the time of the call.
+        calls: Number of calls to average.
     """
     if device.type != "cuda":
         return Timer("work()", globals={"work": work}, num_threads=torch.get_num_threads()).timeit(calls).mean
@@ -105,9 +107,9 @@ def device_seconds(work: Work, device: torch.device, calls: int = 5) -> float:
 
 
 def kernels(work: Work, device: torch.device, calls: int) -> list[tuple[str, float, int]]:
-    """(name, seconds, runs) of everything that a device ran in some calls, the longest first, by torch.profiler.
+    """Returns (name, seconds, runs) of everything that the device ran in some calls, longest first, by torch.profiler.
 
-    On a GPU these are its kernels and copies; on a CPU PyTorch's operators, each without those that it calls.
+    On a GPU, these are kernels and copies. On a CPU, they are PyTorch operators, each without those that it calls.
     """
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -119,14 +121,14 @@ def kernels(work: Work, device: torch.device, calls: int) -> list[tuple[str, flo
     found = []
     for event in profiler.key_averages():
         if on_gpu and (event.device_type != DeviceType.CUDA or event.is_user_annotation):
-            continue  # an annotation spans kernels that are here by themselves
+            continue  # an annotation spans kernels that have their own entries
         microseconds = event.self_device_time_total if on_gpu else event.self_cpu_time_total
         found.append((event.key, microseconds / 1e6, event.count))
     return sorted(found, key=lambda one: -one[1])
 
 
 def spread(values: Sequence[float]) -> tuple[float, float, float]:
-    """(first quartile, median, third quartile)."""
+    """Returns (first quartile, median, third quartile)."""
     if len(values) < 2:
         return values[0], values[0], values[0]
     low, median, high = statistics.quantiles(values, n=4, method="inclusive")
@@ -134,14 +136,15 @@ def spread(values: Sequence[float]) -> tuple[float, float, float]:
 
 
 def ratios(reference: Sequence[float], values: Sequence[float]) -> list[float]:
-    """How many times faster than the reference, round by round."""
+    """Returns how many times faster than the reference the values are, round by round."""
     return [a / b for a, b in zip(reference, values, strict=True)]
 
 
 def peak_memory(work: Work, device: torch.device) -> int | None:
-    """Bytes in use at most during one call, above what was in use before it.
+    """Returns the peak memory of one call in bytes, above what was in use before it.
 
-    On a GPU by PyTorch's allocator; on a CPU by Linux, which counts resident pages. None where neither can be asked.
+    It comes from PyTorch's allocator on a GPU, and from Linux's count of resident pages on a CPU. None if neither is
+    available.
     """
     if device.type == "cuda":
         torch.cuda.synchronize(device)
@@ -153,7 +156,7 @@ def peak_memory(work: Work, device: torch.device) -> int | None:
     try:
         ctypes.CDLL("libc.so.6").malloc_trim(0)
         before = _resident("VmRSS")
-        Path("/proc/self/clear_refs").write_text("5")  # the peak begins anew
+        Path("/proc/self/clear_refs").write_text("5")  # resets the peak
         work()
         return max(0, _resident("VmHWM") - before)
     except (OSError, AttributeError):
@@ -168,7 +171,7 @@ def _resident(field: str) -> int:
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """The device, and the versions and settings that a measurement depends on."""
+    """Returns the device, versions and settings that a measurement depends on."""
     record: dict[str, Any] = {
         "command": "python -m benchmarks." + " ".join([Path(sys.argv[0]).stem, *sys.argv[1:]]),
         "cpu": _cpu(),
@@ -196,7 +199,7 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def _nvidia_smi() -> dict[str, str]:
-    """Driver, clocks and power of the GPUs at this moment, as nvidia-smi prints them."""
+    """Returns the current driver version, clocks and power of the first GPU, as printed by nvidia-smi."""
     fields = ["driver_version", "clocks.sm", "clocks.mem", "clocks.max.sm", "power.draw", "power.limit"]
     command = ["nvidia-smi", f"--query-gpu={','.join(fields)}", "--format=csv,noheader"]
     try:
@@ -217,13 +220,13 @@ def _cpu() -> str:
 
 
 def device_name(record: dict[str, Any]) -> str:
-    """One line about where a measurement was made."""
+    """Returns one line with the hardware and versions that a measurement was made with."""
     where = record.get("gpu") or f"{record['cpu']}, {record['cpu_capability']}, {record['threads']} threads"
     return f"{where}; torch {record['torch']}, timm {record['timm']}"
 
 
 def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
-    """A Markdown table with aligned columns; the first is text, the others are numbers."""
+    """Returns a Markdown table with aligned columns; the first is text, the others are numbers."""
     cells = [[str(cell) for cell in row] for row in [header, *rows]]
     widths = [max(3, *(len(row[i]) for row in cells)) for i in range(len(header))]
     lines = [
@@ -237,9 +240,9 @@ def table(header: Sequence[str], rows: Sequence[Sequence[object]]) -> str:
 
 
 def save(out: str | Path, name: str, record: dict[str, Any]) -> Path:
-    """Writes a record as `NAME.json` into a folder, making it; returns the path without its suffix.
+    """Writes a record to `NAME.json` in a folder, which is created if needed. Returns the path without its suffix.
 
-    What is measured bit by bit is saved bit by bit, so that nothing is lost when it is stopped: a file is whole or old.
+    The file is replaced atomically. A benchmark can thus save after every result, and loses nothing when it is stopped.
     """
     folder = Path(out)
     folder.mkdir(parents=True, exist_ok=True)
@@ -248,12 +251,12 @@ def save(out: str | Path, name: str, record: dict[str, Any]) -> Path:
 
 
 def pick_device(name: str) -> torch.device:
-    """The device of that name; 'auto' is the GPU where there is one.
+    """Returns the device with the given name; 'auto' is the GPU if there is one.
 
-    On a GPU, cuDNN tries its kernels at the first call of every shape and keeps the fastest (`cudnn.benchmark`).
+    On a GPU, cuDNN tries its kernels at the first call with each shape and keeps the fastest (`cudnn.benchmark`).
 
     Raises:
-        SystemExit: There is no such device here.
+        SystemExit: A GPU is requested, and PyTorch cannot use one.
     """
     if name == "auto":
         name = "cuda" if torch.cuda.is_available() else "cpu"

@@ -1,9 +1,10 @@
-"""Peak memory and time of one image against the number of tokens: memory is linear in it, attention's time is not.
+"""Measures peak memory and time of one image against the number of tokens.
 
 python -m benchmarks.memory container container_light --sizes 224x224 448x448 800x1344 --device cpu
 
-Every size is run forward, and forward and backward to all weights (as in training, without an optimizer). Beside the
-measured memory stands what one explicit affinity of the first stage would need: (H W / 16)^2 numbers a head.
+Each size is run in a forward pass, and in a forward and backward pass to all weights (as in training, without an
+optimizer). Memory is linear in the number of tokens, but the time of attention is not. For comparison, the table also
+has the memory of one explicit affinity matrix of the first stage: (H W / 16)^2 numbers per head.
 """
 
 import argparse
@@ -25,10 +26,10 @@ SIZES = ["224x224", "320x320", "448x448", "640x640", "800x800", "800x1344"]
 
 
 def parse(word: str) -> tuple[int, int]:
-    """`HxW` to (H, W).
+    """Parses `HxW` into (H, W).
 
     Raises:
-        argparse.ArgumentTypeError: It is not two whole numbers.
+        argparse.ArgumentTypeError: The word does not consist of two whole numbers.
     """
     height, _, width = word.partition("x")
     if not (height.isdigit() and width.isdigit()):
@@ -37,7 +38,7 @@ def parse(word: str) -> tuple[int, int]:
 
 
 def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
-    """(slope, intercept, R^2) of the least-squares line through the points."""
+    """Returns (slope, intercept, R^2) of the least-squares line through the points."""
     mx, my = sum(x) / len(x), sum(y) / len(y)
     sxx = sum((a - mx) ** 2 for a in x)
     slope = sum((a - mx) * (b - my) for a, b in zip(x, y, strict=True)) / sxx
@@ -46,13 +47,13 @@ def line(x: list[float], y: list[float]) -> tuple[float, float, float]:
 
 
 def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> dict[str, Any]:
-    """Peak memory above the weights, and the median time, of one image.
+    """Returns the peak memory of one image above the weights, and the seconds of each call.
 
     Args:
         model: The model, on the device.
-        image: (1, 3, H, W) there.
-        backward: Also backward; in training mode then.
-        seconds: Calls go on for that long; one at least.
+        image: (1, 3, H, W), on the device.
+        backward: Whether to also run the backward pass, in training mode.
+        seconds: Minimum total duration of the calls. There is at least one.
     """
     model.train(backward)
 
@@ -75,7 +76,7 @@ def run(model: nn.Module, image: Tensor, backward: bool, seconds: float) -> dict
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Memory and time against tokens of the first stage, forward and with backward."""
+    """Plots memory and time against the number of tokens in the first stage, with and without the backward pass."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -106,7 +107,7 @@ def draw(record: dict[str, Any], path: Path) -> None:
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes `memory.json` and `memory.png` with --out."""
+    """Runs the benchmark, prints the results, and writes `memory.json` and `memory.png` with --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -115,7 +116,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     parser.add_argument("--forward-only", action="store_true")
     parser.add_argument("--device", default="auto")
-    parser.add_argument("--seconds", type=float, default=5.0, help="least length of a measurement; default 5")
+    parser.add_argument("--seconds", type=float, default=5.0, help="duration of a measurement; default: 5")
     parser.add_argument("--out", metavar="DIR")
     parser.add_argument("--name", default="memory")
     args = parser.parse_args(argv)

@@ -1,9 +1,10 @@
-"""The ways to compute each part of a block, side by side: which kernel, which memory format, fused or not.
+"""Compares implementations of each part of a block: which kernel, which memory format, fused or not.
 
 python -m benchmarks.parts --batch-size 8 --device cpu
 
-Every way of a part gives the same answer, which is checked, from the same input; they are timed by turns, on a GPU by
-the time of their kernels. Shapes are those of `container_light` and `container` at 224 pixels, stage by stage.
+All implementations of a part get the same input and give the same output, which is checked, unless their name says
+otherwise. They are timed in turns; on a GPU, by the time of their kernels. Shapes are those of `container_light` and
+`container` at 224 pixels, stage by stage.
 """
 
 import argparse
@@ -26,7 +27,7 @@ LAST = torch.channels_last
 
 
 def mlp(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """1x1 convolution C -> rC, exact GELU, 1x1 convolution back."""
+    """Returns implementations of the MLP: 1x1 convolution C -> rC, exact GELU, 1x1 convolution back to C."""
     up, down = nn.Conv2d(dim, dim * ratio, 1), nn.Conv2d(dim * ratio, dim, 1)
 
     def linear(x: Tensor) -> Tensor:
@@ -42,7 +43,7 @@ def mlp(dim: int, ratio: int, heads: int) -> dict[str, Way]:
 
 
 def residual_conv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """x + 3x3 depthwise convolution of x."""
+    """Returns implementations of x + 3x3 depthwise convolution of x."""
     conv, whole = (nn.Conv2d(dim, dim, 3, padding=1, groups=dim) for _ in range(2))
     with torch.no_grad():
         whole.weight.copy_(conv.weight)
@@ -57,19 +58,22 @@ def residual_conv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
 
 
 def static_conv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """5x5 depthwise convolution, the static affinity."""
+    """Returns implementations of the static affinity, a 5x5 depthwise convolution."""
     conv = nn.Conv2d(dim, dim, 5, padding=2, groups=dim)
     return {"NCHW": conv, "channels_last": lambda x: conv(x.contiguous(memory_format=LAST))}
 
 
 def norm(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """The norm over channels after a patch embedding; the blocks' batch norms are gone once fused."""
+    """Returns implementations of the norm over channels after a patch embedding.
+
+    The blocks' batch norms are left out, since they are gone after fusing.
+    """
     layer = LayerNorm2d(dim)
     return {"LayerNorm2d": layer, "LayerNorm2d, channels_last": lambda x: layer(x.contiguous(memory_format=LAST))}
 
 
 def qkv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """The projections Q, K and V."""
+    """Returns implementations of the projections to Q, K and V."""
     qk, value = nn.Conv2d(dim, 2 * dim, 1), nn.Conv2d(dim, dim, 1)
     both = nn.Conv2d(dim, 3 * dim, 1)
     with torch.no_grad():
@@ -82,7 +86,7 @@ def qkv(dim: int, ratio: int, heads: int) -> dict[str, Way]:
 
 
 def attention(dim: int, ratio: int, heads: int) -> dict[str, Way]:
-    """softmax(Q K^T / sqrt(D)) V at D = 32, by every back end of PyTorch that takes it."""
+    """Returns implementations of softmax(Q K^T / sqrt(D)) V at D = 32: explicit, and by each SDPA backend."""
 
     def tokens(x: Tensor) -> Tensor:
         return x.flatten(2).transpose(1, 2).contiguous().unflatten(2, (heads, -1)).transpose(1, 2)
@@ -125,7 +129,7 @@ PARTS = {
 
 
 def _modules(ways: dict[str, Way]) -> list[nn.Module]:
-    """The layers that ways hold, as themselves or in a closure."""
+    """Returns the modules among the implementations and in their closures."""
     found = []
     for way in ways.values():
         values = [way, *(cell.cell_contents for cell in getattr(way, "__closure__", None) or ())]
@@ -134,7 +138,10 @@ def _modules(ways: dict[str, Way]) -> list[nn.Module]:
 
 
 def compare(part: str, stage: int, args: argparse.Namespace, device: torch.device) -> dict[str, Any]:
-    """Times the ways of one part at one stage's shape; those that fail on this device say why instead."""
+    """Times the implementations of one part at the shape of one stage.
+
+    Those that fail on this device have their error message in `failed` instead.
+    """
     make, shapes = PARTS[part]
     dim, side, ratio, heads = shapes[stage]
     dtype = {"float32": torch.float32, "bfloat16": torch.bfloat16}[args.dtype]
@@ -189,7 +196,7 @@ def _work(way: Way, x: Tensor, backward: bool) -> measure.Work:
 
 
 def report(row: dict[str, Any]) -> str:
-    """A table of one part at one stage."""
+    """Returns a table of one part at one stage."""
     times = row["seconds"]
     fastest = min(measure.spread(seconds)[1] for seconds in times.values())
     lines = []
@@ -202,7 +209,7 @@ def report(row: dict[str, Any]) -> str:
 
 
 def parser() -> argparse.ArgumentParser:
-    """The options."""
+    """Returns the argument parser."""
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.parts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -211,16 +218,16 @@ def parser() -> argparse.ArgumentParser:
     options.add_argument("--batch-size", type=int, default=8)
     options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
     options.add_argument("--device", default="auto")
-    options.add_argument("--backward", action="store_true", help="forward and backward, as in training")
+    options.add_argument("--backward", action="store_true", help="time forward and backward pass, as in training")
     options.add_argument("--rounds", type=int, default=7)
-    options.add_argument("--seconds", type=float, default=0.1, help="least length of a turn; default 0.1")
+    options.add_argument("--seconds", type=float, default=0.1, help="minimum duration of a turn; default: 0.1")
     options.add_argument("--out", metavar="DIR")
     options.add_argument("--name", default="parts")
     return options
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures and prints every part asked for; writes `parts.json` with --out."""
+    """Measures and prints all requested parts, and writes `parts.json` with --out."""
     args = parser().parse_args(argv)
     device = measure.pick_device(args.device)
     record: dict[str, Any] = {"environment": measure.environment(device), "dtype": args.dtype, "rows": []}

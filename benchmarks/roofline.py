@@ -1,21 +1,21 @@
-"""A model's parts against the bound of its device: bytes over bandwidth, or floating-point operations over matrix rate.
+"""Compares the time of a model's parts with their roofline bound on the device.
 
 python -m benchmarks.roofline container_light:fused container_light:fused+onnx --device cpu
 python -m benchmarks.roofline container_light:fused+bf16 --limits 3350 989 --device cpu --batch-size 64   # of an H100
 
-Every operator that PyTorch runs is timed where it runs, with its own input: on a GPU the time of its kernels, by
-torch.profiler. The bytes of a part are those of the
-tensors that it has to read and write once; its operations are counted by PyTorch's own formulas; what the device can
-do is measured first, by copying a large tensor and by multiplying large matrices.
+A part is one kind of PyTorch operator at one size of feature map. Every operator is timed where it runs, with its own
+input; on a GPU, by the time of its kernels, from torch.profiler. The bytes of a part are those of the tensors that it
+must read and write once. Its floating-point operations are counted by PyTorch's formulas. The bandwidth and the matrix
+rate of the device are measured first, by copying a large tensor and by multiplying large matrices.
 
   bound of a part   max(bytes / bandwidth, operations / rate)
-  sum of bounds     of all parts, as if none were merged with another
-  least bound       the same, elementwise operators for nothing: what a perfect compiler could leave
+  sum of bounds     sum over all parts, as if none were fused with another
+  least bound       the same with elementwise operators for free: what a perfect compiler could reach
 
-Entries are those of benchmarks.speed. Compilers and ONNX Runtime run no operators of PyTorch: for them there is the
-whole time only, against the bounds of the same model without them. "busy" is the time for which the device computes in
-a call; what is left of the whole time it waits for the host. With --limits the bounds are those of another device, by
-its data sheet: bytes and operations are counted here, and no time is taken.
+Entries are those of benchmarks.speed. Compilers and ONNX Runtime do not run PyTorch operators. For them, only the whole
+time is given, against the bounds of the same model without them. "busy" is the time per call in which the device
+computes; in the rest of the call it waits for the host. With --limits, the bounds are those of another device, from its
+data sheet: bytes and operations are counted here, but nothing is timed.
 """
 
 import argparse
@@ -34,7 +34,7 @@ from torch.utils.flop_counter import flop_registry
 from . import measure, speed
 
 COMPILERS = {*speed.COMPILED, "freeze", "aot", "onnx", "openvino"}
-_MARK = "part: "  # begins the name of a part in a profile
+_MARK = "part: "  # prefix of a part's name in a profile
 
 
 class Operator(NamedTuple):
@@ -46,17 +46,17 @@ class Operator(NamedTuple):
 
 
 class Recorder(TorchDispatchMode):
-    """Counts what every operator moves and computes, and gives its kernels the name of its part in a profile."""
+    """Dispatch mode that counts the bytes and operations of every operator, and names its part in a profile."""
 
     def __init__(self) -> None:
         super().__init__()
         self.operators: list[Operator] = []
 
     def __torch_dispatch__(self, func: Any, types: Any, args: tuple = (), kwargs: dict[str, Any] | None = None) -> Any:
-        """Runs the operator as it would run anyhow."""
+        """Runs the operator unchanged, and records it."""
         kwargs = kwargs or {}
         if func.is_view:
-            return func(*args, **kwargs)  # nothing is moved
+            return func(*args, **kwargs)  # a view moves no data
         part = _part(func, args)
         with record_function(_MARK + part):
             out = func(*args, **kwargs)
@@ -68,16 +68,19 @@ class Recorder(TorchDispatchMode):
 
 
 def _flops(func: Any, args: tuple, kwargs: dict[str, Any], out: Any) -> int:
-    """Operations by PyTorch's formulas; but its formula for a convolution's backward takes no account of groups."""
+    """Returns the operations by PyTorch's formulas, except for the backward pass of a convolution.
+
+    PyTorch's formula for it ignores groups.
+    """
     if func is torch.ops.aten.convolution_backward.default:
         gradient, weight, wanted = args[0], args[2], args[10]
-        return 2 * gradient.numel() * weight[0].numel() * sum(wanted[:2])  # of the input, of the weight
+        return 2 * gradient.numel() * weight[0].numel() * sum(wanted[:2])  # gradients of input and weight
     formula = flop_registry.get(func.overloadpacket)
     return int(formula(*args, **kwargs, out_val=out)) if formula is not None else 0
 
 
 def _part(func: Any, args: tuple) -> str:
-    """What a person calls the operator, and at which size of map it runs."""
+    """Returns a readable name of the operator, with the size of its feature map."""
     name = func.overloadpacket.__name__.strip("_")
     tensors = [t for t in args if isinstance(t, Tensor)]
     backward = " backward" if "backward" in name else ""
@@ -92,7 +95,7 @@ def _part(func: Any, args: tuple) -> str:
 
 
 def record(work: measure.Work, device: torch.device, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds (of the device, mean), bytes, operations and runs of every part in one call."""
+    """Returns the mean device seconds, bytes, operations and runs of every part in one call."""
     work()
     on_gpu = device.type == "cuda"
     activities = [ProfilerActivity.CPU, ProfilerActivity.CUDA] if on_gpu else [ProfilerActivity.CPU]
@@ -117,7 +120,10 @@ def record(work: measure.Work, device: torch.device, rounds: int) -> dict[str, d
 
 
 def limits(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> dict[str, float]:
-    """Bytes a second of a large copy, and operations a second of a large matrix product, the best of some runs."""
+    """Measures bytes per second of a large copy and operations per second of a large matrix product.
+
+    Both are the best of some runs.
+    """
     size = 2**28 if device.type == "cpu" else 2**30
     a, b = (torch.ones(size // 4, device=device) for _ in range(2))
     side = 3072 if device.type == "cpu" else 8192
@@ -129,14 +135,14 @@ def limits(device: torch.device, dtype: torch.dtype, rounds: int = 3) -> dict[st
 
 
 def bounds(parts: dict[str, dict[str, float]], limit: dict[str, float]) -> tuple[float, float]:
-    """(sum of bounds, least bound) in seconds; adds each part's own to it."""
+    """Returns (sum of bounds, least bound) in seconds, and adds to each part its `bound`."""
     for part in parts.values():
         part["bound"] = max(part["bytes"] / limit["bandwidth"], part["flops"] / limit["rate"])
     return sum(p["bound"] for p in parts.values()), sum(p["bound"] for p in parts.values() if p["flops"])
 
 
 def report(parts: dict[str, dict[str, float]]) -> str:
-    """A table of the parts that take 1 % or more, those that lose most time against their bound first."""
+    """Returns a table of the parts that take 1 % of the time or more, with the furthest above their bound first."""
     total = sum(part["seconds"] for part in parts.values())
     shown = {name: part for name, part in parts.items() if part["seconds"] >= total / 100}
     shown = dict(sorted(shown.items(), key=lambda item: item[1]["bound"] - item[1]["seconds"]))
@@ -160,7 +166,7 @@ def report(parts: dict[str, dict[str, float]]) -> str:
 
 
 def per_image(parts: dict[str, dict[str, float]], images: int, timed: bool) -> str:
-    """A table of the kinds of parts, whatever the map, by what they take of an image; the longest bound first."""
+    """Returns a table of costs per image by kind of part, over all feature map sizes, with the longest bound first."""
     kinds: dict[str, dict[str, float]] = {}
     for name, part in parts.items():
         kind = kinds.setdefault(name.partition(" @ ")[0], dict.fromkeys(part, 0.0))
@@ -183,7 +189,7 @@ def per_image(parts: dict[str, dict[str, float]], images: int, timed: bool) -> s
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints, and writes `roofline.json` with --out."""
+    """Runs the benchmark, prints the results, and writes `roofline.json` with --out."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -195,7 +201,7 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--seconds", type=float, default=1.0)
     parser.add_argument(
-        "--limits", type=float, nargs=2, metavar=("GB/S", "TFLOP/S"), help="of another device; no time is taken"
+        "--limits", type=float, nargs=2, metavar=("GB/S", "TFLOP/S"), help="limits of another device; nothing is timed"
     )
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--out", metavar="DIR")

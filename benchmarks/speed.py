@@ -1,30 +1,30 @@
-"""Models side by side in one run: throughput, latency, training step, memory.
+"""Compares models in one run: throughput, latency, training step, memory.
 
 python -m benchmarks.speed container_light:eager,fused resnet50:eager,channels_last released:eager --released models.py
 
-An entry is a model of timm's registry, ours among them, then its settings: several after commas, parts of one joined
-by `+`. Every setting of every entry is measured by turns in the same run, and its answers are compared with those of
-the same weights in float32, eager, on the CPU. With --jobs models are prepared side by side, each in a process of its
-own. What is there is saved after every round, and with --budget the command ends in time with what it has.
+An entry is the name of a timm model, including ours, followed by its settings. Commas separate settings, and `+` joins
+the parts of one setting. All settings of all entries are measured in turns in the same run. Their outputs are compared
+with those of the same weights in float32, eager, on the CPU. With --jobs, models are prepared in parallel, each in its
+own process. Results are saved after every round. With --budget, the command ends in time with what it has measured.
 
   eager          as created
-  fused          container.fuse.fuse: weights in channels_last; of other models what timm's reparameterize_model does
+  fused          container.fuse.fuse, with weights in channels_last; for other models timm's reparameterize_model
   channels_last  weights and images in that memory format
   bf16           weights and images in bfloat16
   amp            autocast to bfloat16
-  linear         1x1 convolutions as linear layers over the positions, of any model; on a GPU `fused` does it, too
+  linear         1x1 convolutions as linear layers over the positions, for any model; on a GPU included in `fused`
   compile        torch.compile
-  blocks         torch.compile of every block by itself: equal blocks are compiled once, so it is ready sooner
+  blocks         torch.compile of each block by itself; equal blocks are compiled once, so it is ready sooner
   max-autotune, reduce-overhead   torch.compile in these modes; GPU
-  graph          a CUDA graph of the call, in training of the whole step, replayed; GPU
-  freeze         torch.compile, the weights as constants (inductor's freezing); CPU
+  graph          replay of a CUDA graph of the call, or in training of the whole step; GPU
+  freeze         torch.compile with the weights as constants (inductor's freezing); CPU
   aot            torch.export, then AOTInductor (on a CPU with freezing)
-  onnx           ONNX Runtime, CPU
-  openvino       OpenVINO, CPU; in float32, or with bf16 in that
-  int8           with onnx or openvino: products in int8, as of `container export`; the random weights bear it badly
-  depthwise      the faster gradient of depthwise convolutions, as in train_imagenet.py; training on a CPU
+  onnx           ONNX Runtime; CPU
+  openvino       OpenVINO; CPU, in float32, or in bfloat16 together with bf16
+  int8           with onnx or openvino: matrix products in int8, as in `container export`; inaccurate for random weights
+  depthwise      faster gradient of depthwise convolutions, as in train_imagenet.py; training on a CPU
 
-`released` is the authors' network: `container_v1_light` of the models.py that --released names.
+`released` is the authors' network: `container_v1_light` from the models.py given by --released.
 """
 
 import argparse
@@ -65,7 +65,7 @@ WORKS = {"infer": "images/s, inference", "latency": "ms, batch 1", "train": "ima
 
 
 class Entry(NamedTuple):
-    """A model and one setting of it."""
+    """Model with one setting."""
 
     model: str
     settings: tuple[str, ...]
@@ -75,7 +75,7 @@ class Entry(NamedTuple):
 
 
 def parse(words: list[str]) -> list[Entry]:
-    """`NAME[:SETTING[+SETTING ...][,...]]` words to entries.
+    """Parses words of the form `NAME[:SETTING[+SETTING ...][,...]]` into entries.
 
     Raises:
         SystemExit: A setting is unknown, or an entry is named twice.
@@ -98,13 +98,13 @@ def parse(words: list[str]) -> list[Entry]:
 
 
 def released(path: str) -> Callable[[], nn.Module]:
-    """What makes the authors' CONTAINER-LIGHT, from their models.py as users have it.
+    """Returns the function that creates the authors' CONTAINER-LIGHT, from their unmodified models.py.
 
     Args:
         path: That file, or its folder.
 
     Raises:
-        SystemExit: There is no such file, or it does not define the network.
+        SystemExit: The file does not exist, or does not define the network.
     """
     file = Path(path) / "models.py" if Path(path).is_dir() else Path(path)
     if not file.is_file():
@@ -112,9 +112,9 @@ def released(path: str) -> Callable[[], nn.Module]:
     spec = importlib.util.spec_from_file_location("released_container", file)
     assert spec is not None and spec.loader is not None
     module: Any = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module  # timm's registry looks for it there
+    sys.modules[spec.name] = module  # timm's registry looks for it here
     with warnings.catch_warnings():
-        warnings.simplefilter("ignore")  # it imports from where timm had its layers in 2021
+        warnings.simplefilter("ignore")  # it imports layers from timm's module paths of 2021
         spec.loader.exec_module(module)
     if not hasattr(module, "container_v1_light"):
         raise SystemExit(f"benchmarks: {file} has no container_v1_light")
@@ -122,7 +122,7 @@ def released(path: str) -> Callable[[], nn.Module]:
 
 
 def factory(name: str, released_path: str | None) -> Callable[[], nn.Module]:
-    """What makes a model.
+    """Returns the function that creates a model.
 
     Raises:
         SystemExit: No model has that name, or `released` comes without a path.
@@ -137,10 +137,10 @@ def factory(name: str, released_path: str | None) -> Callable[[], nn.Module]:
 
 
 def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
-    """A model with random weights, the same at every call.
+    """Creates a model with random weights, the same at every call.
 
     Raises:
-        SystemExit: There is no such model.
+        SystemExit: No model has that name.
     """
     torch.manual_seed(0)
     with warnings.catch_warnings():
@@ -153,7 +153,7 @@ def create(name: str, img_size: int, released_path: str | None) -> nn.Module:
 
 
 def repeated(model: nn.Module) -> list[nn.Module]:
-    """The blocks of a model: what stands in lists of two or more of one class, innermost lists only."""
+    """Returns the blocks of a model: the children of innermost lists with two or more modules of one class."""
     found: list[nn.Module] = []
     for parent in model.modules():
         alike = isinstance(parent, (nn.ModuleList, nn.Sequential)) and len({type(c) for c in parent}) == 1
@@ -165,17 +165,18 @@ def repeated(model: nn.Module) -> list[nn.Module]:
 def prepare(
     entry: Entry, model: nn.Module, images: Tensor, train: bool, backend: str = "inductor"
 ) -> tuple[measure.Work, int]:
-    """The work that is timed, and the bytes that it holds between two calls (weights, statistics, optimizer).
+    """Returns the function to time, and the bytes that it holds between two calls (weights, statistics, optimizer).
 
     Args:
-        entry: What is measured.
-        model: Its model, in float32 on the CPU; a copy is changed.
+        entry: Entry to measure.
+        model: Its model, in float32 on the CPU. Only a copy is changed.
         images: (B, 3, S, S) in float32 on the device.
-        train: A step of AdamW on random labels; else a forward pass, which the work returns.
-        backend: Of torch.compile.
+        train: Whether to do a training step with AdamW on random labels, instead of a forward pass that returns the
+            output.
+        backend: Backend of torch.compile.
 
     Raises:
-        ValueError: The settings do not go together.
+        ValueError: The settings cannot be combined.
     """
     settings, device = set(entry.settings), images.device
     if train and settings & INFERENCE_ONLY:
@@ -208,7 +209,7 @@ def prepare(
     run: Callable[[Tensor], Tensor] = model
     if "blocks" in settings:
         torch._dynamo.reset()
-        torch._dynamo.config.recompile_limit = 64  # kinds of blocks; beyond it they are left as they are, silently
+        torch._dynamo.config.recompile_limit = 64  # kinds of blocks; any more would silently stay eager
         for block in repeated(model):
             block.compile(backend=backend)
     elif settings & {*COMPILED, "freeze"}:
@@ -243,7 +244,7 @@ def prepare(
         optimizer.step()
         optimizer.zero_grad()
 
-    step()  # makes the optimizer's state
+    step()  # creates the optimizer's state
     state = [t for group in optimizer.state.values() for t in group.values() if isinstance(t, Tensor)]
     held += sum(t.numel() * t.element_size() for t in state)
     return (measure.Graphed(step) if "graph" in settings else step), held
@@ -265,18 +266,18 @@ def _save_onnx(model: nn.Module, images: Tensor, file: str, in_int8: bool) -> No
 
     torch.onnx.export(model, (images,), file, input_names=["images"], dynamo=True, verbose=False)
     if in_int8:
-        logging.disable(logging.INFO)  # NNCF names every node
+        logging.disable(logging.INFO)  # NNCF logs every node
         onnx.save(to_int8(onnx.load(file), images, len(images)), file)
         logging.disable(logging.NOTSET)
 
 
 class OpenVino:
-    """The answers of a model to the same images, by OpenVINO.
+    """Model that OpenVINO runs on the same images at every call.
 
     Args:
-        model: In float32 on the CPU.
+        model: The model, in float32 on the CPU.
         images: (B, 3, S, S), likewise.
-        settings: `int8` and `bf16` count.
+        settings: Settings of the entry, of which only `int8` and `bf16` matter.
 
     Raises:
         ValueError: The images are not on the CPU.
@@ -299,11 +300,11 @@ class OpenVino:
             self.compiled = openvino.compile_model(self.model, "CPU", self.options)
 
     def __call__(self) -> Tensor:
-        """The answers."""
+        """Returns the output of the model."""
         return torch.from_numpy(self.compiled(self.images)[0])
 
     def kernels(self, calls: int) -> list[tuple[str, float, int]]:
-        """(node and its kernel, seconds, runs) in some calls, the longest first, by OpenVINO's counters."""
+        """Returns (node and its kernel, seconds, runs) of some calls, longest first, by OpenVINO's counters."""
         import openvino
 
         profiled = openvino.compile_model(self.model, "CPU", {**self.options, "PERF_COUNT": True})
@@ -339,7 +340,7 @@ def _onnx(model: nn.Module, images: Tensor, in_int8: bool) -> Callable[[Tensor],
 
 
 class Task(NamedTuple):
-    """What all entries share."""
+    """Settings shared by all entries."""
 
     work: str
     batch_size: int
@@ -351,15 +352,15 @@ class Task(NamedTuple):
     traceback: bool
 
 
-_works: dict[str, measure.Work] = {}  # of this process, by entry
+_works: dict[str, measure.Work] = {}  # functions to time in this process, by entry
 
 
 def _prepare(task: Task, entries: list[Entry]) -> list[dict[str, Any]]:
-    """Makes the works of a model's entries, and calls each once; returns their rows."""
+    """Prepares the functions of a model's entries, calls each once, and returns their rows."""
     device = measure.pick_device(task.device)
-    # While others compute, too, trying kernels would choose by chance: that waits for `_begin`.
+    # While other processes compute, cuDNN's trials would select kernels by chance. They wait for `_begin`.
     torch.backends.cudnn.benchmark &= task.alone
-    # Compiles a backward pass with its forward pass, and not when that holds its activations already.
+    # Compile the backward pass with the forward pass, not later when the activations already take memory.
     if not task.alone and hasattr(torch._functorch.config, "force_non_lazy_backward_lowering"):
         torch._functorch.config.force_non_lazy_backward_lowering = True
     images = torch.randn(task.batch_size, 3, task.img_size, task.img_size, generator=torch.Generator().manual_seed(0))
@@ -374,10 +375,10 @@ def _prepare(task: Task, entries: list[Entry]) -> list[dict[str, Any]]:
         start = time.perf_counter()
         try:
             with warnings.catch_warnings():
-                warnings.simplefilter("ignore")  # of the compilers, about themselves
+                warnings.simplefilter("ignore")  # from the compilers, about themselves
                 call, row["held"] = prepare(entry, model, images.to(device), task.work == "train", task.backend)
                 answer = call()
-        except (Exception, SystemExit) as error:  # one entry's failure is a row, not the end of the others
+        except (Exception, SystemExit) as error:  # a failed entry gets a row and does not stop the others
             if task.traceback:
                 traceback.print_exc()
             row["error"] = f"{type(error).__name__}: {str(error).splitlines()[0] if str(error) else ''}"
@@ -396,22 +397,29 @@ def _prepare(task: Task, entries: list[Entry]) -> list[dict[str, Any]]:
 
 
 def _begin(task: Task, entry: str, seconds: float) -> tuple[int | None, int]:
-    """Warms a work up while nothing else runs; returns its peak memory in a call, and the calls that fill a turn."""
+    """Warms up an entry while nothing else runs.
+
+    Returns:
+        The peak memory of a call, and the number of calls that fill a turn.
+    """
     device = measure.pick_device(task.device)
     work = _works[entry]
     work()  # cuDNN tries its kernels
     peak = None if "onnx" in entry or "openvino" in entry else measure.peak_memory(work, device)
-    if isinstance(work, measure.Graphed):  # a replay allocates nothing, so its memory was measured before
+    if isinstance(work, measure.Graphed):  # a replay allocates nothing, so the memory was measured before
         work.capture()
     once = _turn(task, entry, 1)
     return peak, max(1, math.ceil(seconds / once)) if once else 1000
 
 
 def _turn(task: Task, entry: str, calls: int) -> float:
-    """Seconds a call. A latency is waited for at every call; else calls follow one another without waiting."""
+    """Returns the seconds per call.
+
+    For latency, every call is waited for. Otherwise, calls follow one another without waiting.
+    """
     work, on_gpu = _works[entry], task.device.startswith("cuda")
     if on_gpu:
-        work()  # takes its memory back, which it gave to the others after the last turn
+        work()  # allocates again the memory that it released after its last turn
         torch.cuda.synchronize()
     if on_gpu and task.work == "latency":
         timer = Timer("work(); wait()", globals=dict(work=work, wait=torch.cuda.synchronize))
@@ -419,18 +427,18 @@ def _turn(task: Task, entry: str, calls: int) -> float:
         timer = Timer("work()", globals=dict(work=work), num_threads=torch.get_num_threads())
     seconds = timer.timeit(calls).mean
     if on_gpu and task.work == "train":
-        torch.cuda.empty_cache()  # activations of all processes together are more than there is
+        torch.cuda.empty_cache()  # the activations of all processes together would not fit
     return seconds
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Measures, prints tables, and writes `speed.json` and `speed.png` with --out."""
+    """Runs the benchmark, prints tables, and writes `speed.json` and `speed.png` with --out."""
     args = _parser().parse_args(argv)
     entries, device = parse(args.entries), measure.pick_device(args.device)
     if args.threads:
         torch.set_num_threads(args.threads)
     for name in dict.fromkeys(entry.model for entry in entries):
-        factory(name, args.released)  # which ends here if there is no such model
+        factory(name, args.released)  # exits here if there is no such model
     record: dict[str, Any] = {
         "environment": measure.environment(device),
         "img_size": args.img_size,
@@ -458,7 +466,7 @@ def main(argv: list[str] | None = None) -> None:
 def _measure(
     work: str, entries: list[Entry], device: torch.device, args: argparse.Namespace, record: dict[str, Any]
 ) -> None:
-    """Adds the rows of one kind of work to the record, and saves it whenever it has grown."""
+    """Measures one kind of work, adds its rows to the record, and saves the record after every change."""
     start = time.perf_counter()
 
     def left(share: float = 1.0) -> float:
@@ -478,7 +486,7 @@ def _measure(
         backend=args.backend,
         traceback=args.traceback,
     )
-    # What a compiler that is not ready in time, or a graph that crashes, takes along is what shares its process.
+    # A compiler that is not ready in time, or a graph that crashes, takes along only the entries in its process.
     groups: dict[str, list[Entry]] = {}
     for apart in (set(), {"graph"}, {"compile"}, {"compile", "graph"}):
         for entry in entries:
@@ -490,7 +498,7 @@ def _measure(
     rows: dict[str, dict[str, Any]] = {}
 
     def fail(group: str, error: str) -> None:
-        """Leaves out what has no process any more."""
+        """Ends the process of a group, and marks its entries as failed."""
         if group in workers:
             end([workers.pop(group)])
         for entry in groups[group]:
@@ -498,10 +506,10 @@ def _measure(
             row.setdefault("error", error)
 
     def ask(group: str, function: Callable, *arguments: Any) -> Any:
-        """The answer to an order, or None if there is none."""
+        """Has a group's process call a function, and returns the result, or None if it fails or the time is up."""
         workers[group].order(function, task, *arguments)
         if not first_answers({group: workers[group]}, left()):
-            end([workers.pop(group)])  # the time is over
+            end([workers.pop(group)])  # the time is up
             return None
         try:
             return workers[group].answer()
@@ -535,7 +543,7 @@ def _measure(
                     prepared(worker.answer())
                 except RuntimeError as error:
                     fail(group, str(error).splitlines()[0])
-        for group in list(workers):  # what found no memory beside the others may find it now
+        for group in list(workers):  # those that ran out of memory beside the others may fit now
             again = [entry for entry in groups[group] if "OutOfMemory" in rows[str(entry)].get("error", "")]
             if again and args.jobs:
                 prepared(ask(group, _prepare, again) or [])
@@ -543,7 +551,7 @@ def _measure(
         calls: dict[str, int] = {}
 
         def turn(name: str) -> None:
-            """Adds a time to a row, if there is time for it."""
+            """Times an entry for one turn, and adds the result to its row, if there is time left."""
             if name not in calls or group_of[name] not in workers or left() < 2 * args.seconds:
                 return
             if (seconds := ask(group_of[name], _turn, name, calls[name])) is not None:
@@ -571,7 +579,7 @@ def _measure(
     for row in rows.values():
         if row not in timed:
             row.setdefault("error", "not timed in the time that there was")
-        else:  # rounds that all were in
+        else:  # only rounds that all have completed
             row["seconds"] = row["seconds"][: min(len(other["seconds"]) for other in timed)]
     first = next((rows[str(entry)] for entry in entries if "error" not in rows[str(entry)]), None)
     for row in rows.values():
@@ -580,7 +588,7 @@ def _measure(
 
 
 def report(record: dict[str, Any], work: str) -> str:
-    """The table of one kind of work, in Markdown; the last column but two is the speed over the first row's."""
+    """Returns a Markdown table of one kind of work. Its column `x first` is the speed relative to the first row."""
     rows = [row for row in record["rows"] if row["work"] == work]
     lines = []
     for row in rows:
@@ -614,7 +622,7 @@ def _shown(work: str, figure: float) -> str:
 
 
 def draw(record: dict[str, Any], path: Path) -> None:
-    """Bars of every kind of work, medians with quartiles, into a PNG."""
+    """Draws a bar chart of each kind of work, medians with quartiles, to a PNG."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -647,21 +655,21 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]")
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=["infer"], help="default: infer")
-    parser.add_argument("--batch-size", type=int, default=8, help="of infer and train; default 8")
+    parser.add_argument("--batch-size", type=int, default=8, help="batch size of infer and train; default: 8")
     parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: the GPU where there is one")
-    parser.add_argument("--threads", type=int, help="CPU threads; default: PyTorch's")
-    parser.add_argument("--rounds", type=int, default=9, help="turns of every entry; default 9")
-    parser.add_argument("--seconds", type=float, default=1.0, help="least length of a turn; default 1")
+    parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: the GPU if there is one")
+    parser.add_argument("--threads", type=int, help="number of CPU threads; default: PyTorch's")
+    parser.add_argument("--rounds", type=int, default=9, help="turns of each entry; default: 9")
+    parser.add_argument("--seconds", type=float, default=1.0, help="minimum duration of a turn; default: 1")
     parser.add_argument(
-        "--jobs", type=int, default=0, metavar="N", help="models prepared at once, in processes of their own"
+        "--jobs", type=int, default=0, metavar="N", help="models to prepare in parallel, each in its own process"
     )
-    parser.add_argument("--budget", type=float, metavar="SECONDS", help="of each kind of work; rounds end with it")
-    parser.add_argument("--backend", default="inductor", help="of torch.compile; default inductor")
+    parser.add_argument("--budget", type=float, metavar="SECONDS", help="time per kind of work; rounds end with it")
+    parser.add_argument("--backend", default="inductor", help="backend of torch.compile; default: inductor")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
-    parser.add_argument("--out", metavar="DIR", help="where the JSON and the picture go")
-    parser.add_argument("--name", default="speed", help="their name; default: speed")
-    parser.add_argument("--traceback", action="store_true", help="show where an entry fails")
+    parser.add_argument("--out", metavar="DIR", help="folder for the JSON file and the plot")
+    parser.add_argument("--name", default="speed", help="name of these two files; default: speed")
+    parser.add_argument("--traceback", action="store_true", help="show the traceback of a failed entry")
     return parser
 
 

@@ -1,12 +1,12 @@
-"""Fine-tuning and DINO, many runs side by side on one device, until the time is over.
+"""Runs fine-tuning, DINO and YOLO training in parallel on one device, until the time is up.
 
 python -m benchmarks.transfer --data-dir DATA --seconds 420 --out OUT
 
-DATA holds any of `cifar10`, `trashnet` and `bccd`, laid out as train_imagenet.py and the examples read them, and
-`photos`, a folder with train/CLASS and val/CLASS for DINO at 64 pixels. It may also hold weights, MODEL.safetensors or
-MODEL.TAG.safetensors, which are fine-tuned as well. DINO needs lightly, and `bccd` Ultralytics. `transfer.json` is
-rewritten whenever a run ends, with its result and the last line that it printed; a run that is stopped leaves what it
-has measured so far.
+DATA holds any of `cifar10`, `trashnet` and `bccd`, in the layout that train_imagenet.py and the examples read. It may
+hold `photos`, a folder with train/CLASS and val/CLASS for DINO at 64 pixels. It may also hold weights,
+MODEL.safetensors or MODEL.TAG.safetensors, which are fine-tuned as well. DINO needs lightly, and `bccd` needs
+Ultralytics. `transfer.json` is rewritten whenever a run ends, with its result and its last line of output. A run that
+is stopped leaves what it has measured so far.
 """
 
 import argparse
@@ -30,25 +30,25 @@ RANDOM = ("container_light_nano", "container_nano", "resnet18", "pvt_v2_b0", "mo
 PUBLISHED = ("container_light_nano.lite2_dist", "container_nano.lite2_dist")
 DETECTORS = ("yolov8n", "yolov8n-context", "yolov8n-container_light_nano", "yolo11n", "yolo11n-context")
 SEEDS = (0, 1, 2)
-EDGES = 15.0  # seconds for imports, and to stop what still runs and keep what it has
+EDGES = 15.0  # seconds for imports, and to stop unfinished runs and keep their results
 
 
 class Job(NamedTuple):
-    """A run."""
+    """Training run in a process of its own."""
 
     name: str
     command: tuple[str, ...]
-    result: Path  # JSON that it writes
+    result: Path  # JSON file that it writes
 
 
 def jobs(data: Path, folder: Path, device: str, rehearse: bool = False) -> Iterator[Job]:
-    """The runs for which there are data, the longest first.
+    """Yields the runs for which there is data, longest first.
 
     Args:
         data: Folder of the data.
-        folder: Where the runs write.
+        folder: Folder for the results of the runs.
         device: 'cuda' or 'cpu'.
-        rehearse: One epoch, of a few images.
+        rehearse: Whether to run one epoch on a few images.
     """
 
     def python(script: str, *words: object) -> tuple[str, ...]:
@@ -97,10 +97,10 @@ def jobs(data: Path, folder: Path, device: str, rehearse: bool = False) -> Itera
 
 
 def share_gpu(folder: Path) -> dict[str, str]:
-    """Lets kernels of several processes run at once, by CUDA MPS where it is installed.
+    """Lets several processes run kernels at once, with CUDA MPS if it is installed.
 
     Args:
-        folder: For its pipe and log.
+        folder: Folder for its pipe and log.
 
     Returns:
         Environment variables for these processes.
@@ -113,14 +113,14 @@ def share_gpu(folder: Path) -> dict[str, str]:
 
 
 def run(todo: Sequence[Job], width: int, seconds: float, out: Path, record: dict[str, Any]) -> None:
-    """Runs jobs until the time is over, and keeps what they leave in `record` and in `transfer.json`.
+    """Runs jobs until the time is up, and keeps their results in `record` and in `transfer.json`.
 
     Args:
-        todo: In order of worth.
-        width: So many at once.
-        seconds: For all of them.
-        out: Where `transfer.json` goes.
-        record: Gets an entry for each job in `runs`.
+        todo: Jobs in order of importance.
+        width: Number of jobs at once.
+        seconds: Time for all jobs.
+        out: Folder for `transfer.json`.
+        record: Its `runs` gets an entry for each job.
     """
     end, waiting = time.monotonic() + seconds, list(todo)
     running: dict[Job, tuple[subprocess.Popen, float, Path]] = {}
@@ -133,7 +133,7 @@ def run(todo: Sequence[Job], width: int, seconds: float, out: Path, record: dict
         took = round(time.monotonic() - begun, 1)
         try:
             result = json.loads(job.result.read_text())
-        except (OSError, ValueError):  # it has not come to that, or was stopped while it wrote
+        except (OSError, ValueError):  # not written yet, or stopped while writing
             result = None
         lines = log.read_text(errors="replace").replace("\r", "\n").split("\n")
         said = next((line.strip()[:300] for line in reversed(lines) if line.strip()), "")
@@ -169,17 +169,17 @@ def run(todo: Sequence[Job], width: int, seconds: float, out: Path, record: dict
 
 
 def main(argv: list[str] | None = None) -> None:
-    """Runs what there is time for, and writes `transfer.json`."""
+    """Runs the jobs that there is time for, and writes `transfer.json`."""
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", required=True, metavar="DATA")
-    parser.add_argument("--seconds", type=float, default=420.0, help="for everything; default 420")
+    parser.add_argument("--seconds", type=float, default=420.0, help="time for all runs; default: 420")
     parser.add_argument(
-        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="at once; default: the cores"
+        "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once; default: one per core"
     )
-    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="names, as in `bccd-yolo11n*`")
-    parser.add_argument("--rehearse", action="store_true", help="one epoch of everything, of a few images")
+    parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="runs, such as `bccd-yolo11n*`")
+    parser.add_argument("--rehearse", action="store_true", help="run one epoch of each kind, on a few images")
     parser.add_argument("--device", default="auto")
     parser.add_argument("--out", metavar="DIR", required=True)
     args = parser.parse_args(argv)

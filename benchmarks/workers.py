@@ -1,7 +1,7 @@
-"""Where the works of a benchmark live: in this process, or each in one of its own. And how processes end.
+"""Workers that run a benchmark's functions in this process or in separate ones, and functions that end processes.
 
-A process of its own lets models be prepared side by side (compilers take a minute a model), and keeps what goes wrong
-with one, a crash of its kernels too, from the others. Only one computes while it is timed.
+Separate processes can prepare models in parallel (compilers take a minute per model). They also keep a failure, even a
+crash of a kernel, from affecting other models. Only one process computes during timing.
 """
 
 import contextlib
@@ -20,19 +20,19 @@ __all__ = ["Inline", "Worker", "descendants", "end", "first_answers", "kill"]
 
 
 class Inline:
-    """A worker that is this process: an order is carried out when it is given."""
+    """Worker in this process, which carries out an order at once."""
 
     def order(self, function: Callable[..., Any], *arguments: Any) -> None:
         """Calls a function."""
         self._answer = function(*arguments)
 
     def answer(self) -> Any:
-        """What the function returned."""
+        """Returns the result of the function."""
         return self._answer
 
 
 class Worker:
-    """A process that carries out one order after the other, and keeps its module's variables between them."""
+    """Worker process that carries out one order after the other, and keeps module variables between them."""
 
     def __init__(self) -> None:
         context = multiprocessing.get_context("spawn")  # a forked process cannot use a GPU that its parent uses
@@ -42,15 +42,15 @@ class Worker:
         theirs.close()
 
     def order(self, function: Callable[..., Any], *arguments: Any) -> None:
-        """Has a function of a module called there, and does not wait for it."""
-        with contextlib.suppress(OSError):  # it is dead, as its answer will say
+        """Sends a module's function to the process, which calls it, and does not wait for the result."""
+        with contextlib.suppress(OSError):  # the process is dead, as `answer` will say
             self.pipe.send((function, arguments))
 
     def answer(self) -> Any:
-        """What the function returned, once it has.
+        """Waits for the function, and returns its result.
 
         Raises:
-            RuntimeError: It raised something, or its process died.
+            RuntimeError: The function raised an exception, or the process died.
         """
         try:
             done, result = self.pipe.recv()
@@ -77,7 +77,7 @@ def _serve(pipe: Connection) -> None:
 
 
 def end(workers: Iterable[Inline | Worker]) -> None:
-    """Ends processes, and kills those that are at work and do not hear within a second, with all that they started."""
+    """Ends worker processes. Those that are still busy after a second are killed, with all their descendants."""
     processes = [worker for worker in workers if isinstance(worker, Worker)]
     for worker in processes:
         worker.pipe.close()
@@ -91,9 +91,9 @@ def end(workers: Iterable[Inline | Worker]) -> None:
 
 
 def descendants(pid: int) -> list[int]:
-    """All processes that a process started, and those that they started, also in sessions of their own.
+    """Returns the IDs of all descendants of a process, including those in other sessions.
 
-    Its own children come first. Empty where there is no /proc.
+    Its own children come first. The list is empty if there is no /proc.
     """
     children: dict[int, list[int]] = {}
     for stat in Path("/proc").glob("[0-9]*/stat"):
@@ -104,20 +104,25 @@ def descendants(pid: int) -> list[int]:
         if state != "Z":
             children.setdefault(int(parent), []).append(int(stat.parent.name))
     found = children.get(pid, [])
-    for child in found:  # which grows
+    for child in found:  # the list grows meanwhile
         found += children.get(child, [])
     return found
 
 
 def kill(pids: Iterable[int]) -> None:
-    """Kills processes; those that have ended by themselves are no mistake."""
+    """Kills processes by ID. Those that have already ended are ignored."""
     for pid in pids:
         with contextlib.suppress(ProcessLookupError):
             os.kill(pid, signal.SIGKILL)
 
 
 def first_answers(workers: dict[str, Any], seconds: float) -> list[tuple[str, Any]]:
-    """Those workers, by name, that have an answer: the first to have one, or none if it takes longer than that."""
+    """Waits until a worker has an answer, and returns those that have one, with their names.
+
+    Args:
+        workers: The workers, by name.
+        seconds: Time to wait. If no worker has an answer by then, the list is empty.
+    """
     inline = [(name, worker) for name, worker in workers.items() if isinstance(worker, Inline)]
     if inline:
         return inline

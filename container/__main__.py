@@ -71,6 +71,8 @@ def main(argv: list[str] | None = None) -> None:
         except KeyError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
         except (ImportError, OSError, RuntimeError, ValueError) as error:
+            if isinstance(error, OSError) and error.strerror and error.filename:
+                raise SystemExit(f"container: {error.strerror}: {error.filename!r}") from None
             lines = str(error).strip().splitlines() or [repr(error)]
             # A loader's process wraps its error in a traceback, which ends with it.
             raise SystemExit(f"container: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
@@ -286,7 +288,7 @@ def _deploy(args: argparse.Namespace) -> None:
     found = deploy.export(model, args.out, args.format, batch, args.dynamic_size, args.calibrate, args.evaluate)
     one = f"{found.milliseconds:.1f} ms for one image, " if found.milliseconds else ""
     if found.agreement is None:
-        compared = f"largest difference from {args.model}: {found.difference:.1e} of the largest number"
+        compared = f"largest difference from {args.model}: {found.difference:.1e} of the largest output"
     else:
         compared = f"in int8 {found.agreement:.1%} of the photos in {args.calibrate} keep the class of {args.model}"
         compared += f"\nleft in float: {', '.join(found.in_float)}" if found.in_float else ""

@@ -163,7 +163,9 @@ def export(
         shapes += [(count, side[0] + 32, side[1] + 64), (count, side[0] - 7, side[1] + 9)] if dynamic_size else []
         difference = max(_difference(model, run, torch.randn(n, channels, h, w)) for n, h, w in shapes)
         if not difference <= BOUND:
-            raise ValueError(f"{first} gives other answers: {difference:.1e} of the largest number, {BOUND:g} allowed")
+            raise ValueError(
+                f"{first} gives other outputs: they differ by {difference:.1e} of the largest, and {BOUND:g} is allowed"
+            )
         measured = batch or 8
         if photos is not None:
             named = torch.cat([model(some).argmax(1) for some in photos.split(8)])

@@ -4,7 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 
 __all__ = ["check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
 
@@ -62,6 +62,8 @@ def open_photo(path: str | Path) -> Image.Image:
     with open(path, "rb") as file:
         try:
             return open_rgb(file)
+        except UnidentifiedImageError as error:  # its own message shows the file object
+            raise ValueError(f"{path} cannot be read as a photo: it is not an image file") from error
         except Exception as error:  # decoders raise nearly anything for damaged or foreign files
             reason = (str(error).strip() or type(error).__name__).splitlines()[0]
             raise ValueError(f"{path} cannot be read as a photo: {reason}") from error

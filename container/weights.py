@@ -262,6 +262,8 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
             state_dict = load_state_dict(str(path), use_ema=False)
     except Exception as error:  # parsers raise nearly anything for damaged or foreign files
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        if isinstance(error, EOFError | KeyError):  # of the unpickler, with an opcode for a message
+            reason = "it is neither safetensors nor a torch file"
         raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {reason}") from error
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
@@ -386,7 +388,9 @@ def _check_has_weights(model: str) -> None:
         return
     known = [name for name in names() if name.startswith(f"{architecture}.")]
     known = known or timm.list_pretrained(f"{architecture}.*") or names()
-    raise ValueError(f"{model} has no weights: there are {', '.join(known)}; a checkpoint may be your own")
+    raise ValueError(
+        f"{model} has no pre-trained weights: there are {', '.join(known)}; or use your own as --checkpoint"
+    )
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""The blood-cell photos of BCCD (https://github.com/Shenggan/BCCD_Dataset, MIT): red cells, white cells, platelets."""
+"""Dataset of BCCD blood cell photos (https://github.com/Shenggan/BCCD_Dataset, MIT): red and white cells, platelets."""
 
 import xml.etree.ElementTree as ElementTree
 from pathlib import Path
@@ -14,7 +14,7 @@ CLASSES = ("RBC", "WBC", "Platelets")
 
 
 class Cells(Dataset):
-    """Photos and boxes in the format of torchvision's detectors.
+    """Dataset of photos and boxes in the format of torchvision's detectors.
 
     Args:
         folder: Folder with JPEGImages, Annotations (Pascal VOC) and ImageSets.
@@ -35,13 +35,13 @@ class Cells(Dataset):
         return len(self.names)
 
     def annotation(self, name: str) -> tuple[tuple[int, int], list[list[float]], list[int]]:
-        """(width, height), boxes (left, top, right, bottom) and labels of a photo."""
+        """Returns (width, height), boxes (left, top, right, bottom) and labels of a photo."""
         root: Any = ElementTree.parse(self.folder / "Annotations" / f"{name}.xml").getroot()
         size = int(root.find("size/width").text), int(root.find("size/height").text)
         boxes, labels = [], []
         for thing in root.iter("object"):
             box = [float(thing.find(f"bndbox/{side}").text) for side in ("xmin", "ymin", "xmax", "ymax")]
-            if box[2] > box[0] and box[3] > box[1]:  # one annotation is a line
+            if box[2] > box[0] and box[3] > box[1]:  # one annotation is a line, without area
                 boxes.append(box)
                 labels.append(CLASSES.index(thing.find("name").text))
         return size, boxes, labels

@@ -1,4 +1,4 @@
-"""Deformable DETR of transformers on a timm backbone, in the dress of torchvision's detectors."""
+"""Deformable DETR from transformers on a timm backbone, with the interface of torchvision's detectors."""
 
 import copy
 from typing import Any
@@ -21,24 +21,24 @@ LEVELS = [1, 2, 3]  # strides 8, 16 and 32
 
 
 class DeformableDetr(nn.Module):
-    """Losses for images and targets in training, boxes for images in evaluation.
+    """Detector that returns losses for images and targets in training, and boxes for images in evaluation.
 
     Boxes are refined layer by layer, and the first proposals come from the encoder ("two stages"). Both shorten
-    training, which is long for DETRs. Every layer has a loss. So have the proposals, for which transformers has none.
-    transformers freezes the backbone's batch norms, so start from pretrained weights.
+    training, which is long for DETRs. Every layer has a loss. The proposals have a loss as well, which transformers
+    does not provide. transformers freezes the backbone's batch norms, so start from pre-trained weights.
 
     Source: Zhu et al., "Deformable DETR" (arXiv 2010.04159).
 
     Args:
         backbone: timm name of a model that supports `features_only`.
         num_classes: Number of object classes.
-        size: Images are resized to this short side, in pixels.
-        pretrained: Start from the backbone's pretrained weights.
+        size: Short side that images are resized to, in pixels.
+        pretrained: Whether to start from the backbone's pre-trained weights.
         channels: Width of the transformer.
         queries: Maximum number of boxes per image.
 
     Raises:
-        SystemExit: `channels` is not a multiple of 32, the groups of its norms.
+        SystemExit: `channels` is not a multiple of 32, the number of groups in the norms.
     """
 
     def __init__(
@@ -65,7 +65,7 @@ class DeformableDetr(nn.Module):
             auxiliary_loss=True,
         )
         self.detr = DeformableDetrForObjectDetection(config)
-        # transformers makes one classifier of all layers'. That of the first guesses has another task: object or not.
+        # transformers shares one classifier among all layers, but the proposals need their own: object or not.
         classifiers = nn.ModuleList(copy.deepcopy(layer) for layer in self.detr.class_embed)
         self.detr.class_embed = self.detr.model.decoder.class_embed = classifiers
         self.guesses = copy.deepcopy(config)
@@ -80,11 +80,15 @@ class DeformableDetr(nn.Module):
         return next(m for m in self.detr.modules() if isinstance(m, timm.models.FeatureListNet))
 
     def forward(self, images: list[Tensor], targets: list[dict[str, Tensor]] | None = None) -> Any:
-        """(3, H, W) images in 0 to 1; boxes in their pixels, left, top, right, bottom.
+        """Computes the losses, or detects objects.
+
+        Args:
+            images: (3, H, W) each, with values in 0 to 1.
+            targets: Boxes (left, top, right, bottom) in pixels of the image, and labels.
 
         Returns:
-            With targets, two weighted losses: of all layers' boxes and of the proposals. Without, boxes, scores and
-            labels of each image.
+            With targets, two weighted losses: of all layers' boxes and of the proposals. Without targets, boxes, scores
+            and labels of each image.
         """
         resized = [normalize(resize(i, [self.size]), self.data["mean"], self.data["std"]) for i in images]
         height, width = (max(i.shape[dim] for i in resized) for dim in (1, 2))

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains RetinaNet or Deformable DETR with any timm backbone to find blood cells; measures and draws the result.
+"""Trains RetinaNet or Deformable DETR with any timm backbone to detect blood cells, evaluates it, and draws the result.
 
     python examples/detect_cells.py --data-dir bccd
     python examples/detect_cells.py --data-dir bccd --untrained-backbone      # what the head alone can do
@@ -29,24 +29,28 @@ try:
 except ImportError as error:
     raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
 
-COLOURS = ("#0072b2", "#d55e00", "#009e73")  # safe for colour-blind eyes
+COLOURS = ("#0072b2", "#d55e00", "#009e73")  # colour-blind safe
 
 
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
+    parser.add_argument("--data-dir", default="bccd", help="folder of BCCD; default: bccd")
     parser.add_argument("--detector", choices=["retinanet", "detr"], default="retinanet")
-    parser.add_argument("--untrained-backbone", action="store_true", help="keep the backbone as it is at the start")
-    parser.add_argument("--output", default="cells", help="folder for the result and the picture")
-    parser.add_argument("--size", type=int, default=320, help="short side of a photo")
+    parser.add_argument("--untrained-backbone", action="store_true", help="freeze the backbone at its initial weights")
+    parser.add_argument("--output", default="cells", help="folder for the results; default: cells")
+    parser.add_argument("--size", type=int, default=320, help="short side of the photos in pixels; default: 320")
     add_arguments(parser, epochs=20)
     return parser.parse_args()
 
 
 @torch.inference_mode()
 def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> dict[str, Any]:
-    """COCO's mean average precision over the classes and IoU thresholds of 0.5 to 0.95, in percent."""
+    """Computes COCO's mean average precision in percent, over classes and IoU thresholds of 0.5 to 0.95.
+
+    Returns:
+        `map`, `map50` (at IoU 0.5), and `by_class`.
+    """
     model.eval()
     metric = MeanAveragePrecision(class_metrics=True, backend="pycocotools")
     for images, targets in tqdm(loader, desc="test", leave=False):
@@ -59,7 +63,7 @@ def evaluate(model: torch.nn.Module, loader: DataLoader, device: str) -> dict[st
 
 @torch.inference_mode()
 def draw(model: torch.nn.Module, cells: Cells, device: str, path: Path, count: int = 3) -> None:
-    """A row of photos with their true boxes, and below it one with the boxes found."""
+    """Draws a row of photos with their true boxes, and below it a row with the boxes found."""
     model.eval()
     rows: list[list[torch.Tensor]] = [[], []]
     for image, target in (cells[i * len(cells) // count] for i in range(count)):
@@ -72,7 +76,7 @@ def draw(model: torch.nn.Module, cells: Cells, device: str, path: Path, count: i
 
 
 def main() -> None:
-    """Trains, measures on the test photos, draws."""
+    """Trains the detector, evaluates it on the test photos, and draws some of them."""
     args = parse_args()
     torch.manual_seed(args.seed)
     model: Any
@@ -85,7 +89,7 @@ def main() -> None:
         body = model.backbone.body
     model.to(args.device)
     if args.untrained_backbone:
-        body.requires_grad_(False)  # RetinaNet's batch norms still follow the photos
+        body.requires_grad_(False)  # RetinaNet's batch norms still update their statistics
     loader = batches(Cells(args.data_dir, "trainval", augment=True), args.batch_size, shuffle=True)
     test_cells = Cells(args.data_dir, "test")
     train(model, loader, args.epochs, args.lr, args.device, args.amp)

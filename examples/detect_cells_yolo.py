@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Trains a YOLO with the context layer, or on CONTAINER-LIGHT, to find blood cells.
+"""Trains a YOLO with the context layer, or with a CONTAINER-LIGHT backbone, to detect blood cells.
 
     python examples/detect_cells_yolo.py --data-dir bccd
     python examples/detect_cells_yolo.py --data-dir bccd --model yolov8n-container_light_nano.yaml --pretrained
@@ -26,22 +26,22 @@ except ImportError as error:
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="bccd", help="folder of BCCD")
+    parser.add_argument("--data-dir", default="bccd", help="folder of BCCD; default: bccd")
     parser.add_argument(
-        "--model", default="yolov8n-context.yaml", help="for container.yolo.config, or Ultralytics' own"
+        "--model", default="yolov8n-context.yaml", help="model of container.yolo.config, or one of Ultralytics"
     )
-    parser.add_argument("--pretrained", action="store_true", help="start from the weights of the timm model")
-    parser.add_argument("--output", default="cells-yolo", help="folder for the run")
+    parser.add_argument("--pretrained", action="store_true", help="start from the timm model's pre-trained weights")
+    parser.add_argument("--output", default="cells-yolo", help="folder for the run; default: cells-yolo")
     parser.add_argument("--epochs", type=int, default=20)
     parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--size", type=int, default=416, help="side that photos are padded to")
+    parser.add_argument("--size", type=int, default=416, help="side that photos are padded to; default: 416")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cpu")
     return parser.parse_args()
 
 
 def convert(data_dir: Path, folder: Path) -> Path:
-    """Photos and boxes in the layout of Ultralytics, and the file that describes them."""
+    """Writes photos and boxes in Ultralytics' layout, and returns the YAML file that describes them."""
     for split, name in (("trainval", "train"), ("test", "val")):
         cells = Cells(data_dir, split)
         for kind in ("images", "labels"):
@@ -60,7 +60,7 @@ def convert(data_dir: Path, folder: Path) -> Path:
 
 
 def main() -> None:
-    """Converts the data, trains, measures on the test photos."""
+    """Converts the data, trains the model, and evaluates it on the test photos."""
     args = parse_args()
     output = Path(args.output).resolve()
     data = convert(Path(args.data_dir), output / "data")
@@ -69,7 +69,7 @@ def main() -> None:
     model.train(
         data=str(data), epochs=args.epochs, batch=args.batch_size, imgsz=args.size, device=args.device, seed=args.seed,
         project=str(output), name="run", exist_ok=True, workers=1, val=False, plots=False,
-        amp=False,  # Ultralytics' check of it downloads a model
+        amp=False,  # Ultralytics' AMP check downloads a model
     )  # fmt: skip
     best = YOLO(output / "run" / "weights" / "last.pt").val(
         data=str(data), imgsz=args.size, device=args.device, project=str(output), name="val", exist_ok=True, plots=False

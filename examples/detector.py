@@ -1,4 +1,4 @@
-"""How the examples train torchvision's detectors: AdamW with a cosine schedule by steps."""
+"""Training loop of the detection and segmentation examples: AdamW with a cosine schedule by steps."""
 
 import argparse
 from typing import Any
@@ -11,22 +11,22 @@ from tqdm import tqdm
 
 
 def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
-    """What both examples let one choose."""
-    parser.add_argument("--backbone", default="container_light_nano", help="any timm model with features")
-    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's weights")
+    """Adds the arguments that the examples share."""
+    parser.add_argument("--backbone", default="container_light_nano", help="timm model that supports features_only")
+    parser.add_argument("--pretrained", action="store_true", help="start from the backbone's pre-trained weights")
     parser.add_argument("--epochs", type=int, default=epochs)
     parser.add_argument("--batch-size", type=int, default=4)
-    parser.add_argument("--channels", type=int, default=64, help="of the pyramid and the head")
+    parser.add_argument("--channels", type=int, default=64, help="width of the decoder or pyramid; default: 64")
     parser.add_argument("--lr", type=float, default=1e-3)
     parser.add_argument(
-        "--amp", action="store_true", help="train in bfloat16: twice as fast where a CPU computes in it"
+        "--amp", action="store_true", help="train in bfloat16, twice as fast on a CPU that computes in it"
     )
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
 
 
 def batches(images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
-    """Lists of images and of targets; images may differ in size."""
+    """Creates a data loader that yields lists of images and of targets. Images may differ in size."""
     return DataLoader(
         images,
         batch_size,
@@ -37,12 +37,12 @@ def batches(images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:
 
 
 def train(model: Any, loader: DataLoader, epochs: int, lr: float, device: str, amp: bool = False) -> None:
-    """Trains a detector whose losses are what it returns for images and targets.
+    """Trains a model that returns a dictionary of losses for images and targets.
 
     Args:
-        model: The detector, on the device.
-        loader: From `batches`.
-        epochs: Number of epochs; the learning rate rises in the first.
+        model: The model, on the device.
+        loader: Data loader from `batches`.
+        epochs: Number of epochs, the first of which is the learning rate warm-up.
         lr: Peak learning rate.
         device: Device to train on.
         amp: Whether to use bfloat16.

@@ -1,13 +1,12 @@
 #!/usr/bin/env python
-"""Pretrains a small CONTAINER-LIGHT on images without labels, by DINO, and measures k-NN accuracy before and after.
+"""Pre-trains a small CONTAINER-LIGHT with DINO, without labels, and measures k-NN accuracy before and after.
 
     python examples/dino.py --data-dir cifar10
 
-Only the k-NN classifier reads labels, from DIR/train/CLASS and DIR/test/CLASS: a test image gets the most common class
-among its nearest training images, by cosine similarity. Needs `pip install -e ".[downstream]"`. Results:
-docs/results.md.
+Only the k-NN classifier reads labels, from DIR/train/CLASS and DIR/test/CLASS. The nearest training images vote on the
+class of a test image, weighted by cosine similarity. Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 
-Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021, by lightly.
+Source: Caron et al., "Emerging Properties in Self-Supervised Vision Transformers", ICCV 2021; implemented with lightly.
 """
 
 import argparse
@@ -44,23 +43,23 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="cifar10", help="folder with train/CLASS/*, and test/ or val/CLASS/*")
-    parser.add_argument("--model", default="container_light_nano_32", help="any timm model")
-    parser.add_argument("--img-size", type=int, help="side of the large views, if not the model's own")
-    parser.add_argument("--images", type=int, default=10000, help="so many training images, evenly taken")
-    parser.add_argument("--test-images", type=int, default=2000, help="so many test images")
+    parser.add_argument("--model", default="container_light_nano_32", help="name of a timm model")
+    parser.add_argument("--img-size", type=int, help="image size of the global views; default: the model's own")
+    parser.add_argument("--images", type=int, default=10000, help="number of training images, taken evenly")
+    parser.add_argument("--test-images", type=int, default=2000, help="number of test images, likewise")
     parser.add_argument("--epochs", type=int, default=4)
     parser.add_argument("--batch-size", type=int, default=128)
     parser.add_argument("--lr", type=float, default=2e-3)
-    parser.add_argument("--momentum", type=float, default=0.99, help="of the teacher at the start; 1 at the end")
+    parser.add_argument("--momentum", type=float, default=0.99, help="initial momentum of the teacher; it rises to 1")
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--workers", type=int, default=1)
-    parser.add_argument("--output", default="dino.safetensors", help="weights of the teacher; a .json beside them")
+    parser.add_argument("--output", default="dino.safetensors", help="file for the teacher's weights; adds a .json")
     parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
     return parser.parse_args()
 
 
 def some(folder: Path, count: int, transform: object) -> Dataset:
-    """So many images of a folder, evenly taken from its classes."""
+    """Returns up to `count` images of a folder, taken evenly from its classes."""
     images = ImageFolder(str(folder), transform)
     count = min(count, len(images))
     return Subset(images, [i * len(images) // count for i in range(count)])
@@ -68,7 +67,7 @@ def some(folder: Path, count: int, transform: object) -> Dataset:
 
 @torch.inference_mode()
 def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[Tensor, Tensor]:
-    """Normalised features (images, C) and labels."""
+    """Returns normalised features (images, C) and labels."""
     model.eval()
     pairs = [(model(images.to(device)), labels.to(device)) for images, labels in loader]
     found, labels = (torch.cat(parts) for parts in zip(*pairs, strict=True))
@@ -76,7 +75,7 @@ def features(model: nn.Module, loader: DataLoader, device: str) -> tuple[Tensor,
 
 
 def knn_accuracy(model: nn.Module, train: DataLoader, test: DataLoader, device: str) -> float:
-    """Percent of the test images whose class the 20 nearest training images tell."""
+    """Returns the accuracy on the test images, in percent, of a classifier by the 20 nearest training images."""
     bank, known = features(model, train, device)
     queries, labels = features(model, test, device)
     found = knn_predict(queries, bank.T, known, num_classes=int(known.max()) + 1, knn_k=20, knn_t=0.1)
@@ -84,7 +83,7 @@ def knn_accuracy(model: nn.Module, train: DataLoader, test: DataLoader, device: 
 
 
 def main() -> None:
-    """Measures, pretrains, measures again, saves."""
+    """Pre-trains the model, measures k-NN accuracy before it and after each epoch, and saves the teacher."""
     args = parse_args()
     torch.manual_seed(args.seed)
     student: nn.Module = timm.create_model(args.model, num_classes=0).to(args.device)

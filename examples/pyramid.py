@@ -1,10 +1,10 @@
 #!/usr/bin/env python
-"""Draws a backbone's feature levels for a photo that comes with scikit-learn.
+"""Draws the feature maps of a backbone for a sample photo from scikit-learn.
 
     python examples/pyramid.py
     python examples/pyramid.py --backbone resnet18 --output resnet18.png
 
-Each picture is the first principal component of a level's channels, stretched to its range. Needs
+Each picture shows the first principal component of a feature map's channels, scaled to its range. Needs
 `pip install -e ".[train]"`.
 """
 
@@ -21,11 +21,11 @@ import container  # noqa: F401  registers the models
 
 
 def main() -> None:
-    """Computes the features and draws them."""
+    """Computes the feature maps and draws them."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--backbone", default="container_light_nano_32.cifar10", help="any timm model with features")
-    parser.add_argument("--size", type=int, default=320, help="short side of the photo")
-    parser.add_argument("--output", default="pyramid.png", help="the picture")
+    parser.add_argument("--backbone", default="container_light_nano_32.cifar10", help="timm model with features_only")
+    parser.add_argument("--size", type=int, default=320, help="image size in pixels; default: 320")
+    parser.add_argument("--output", default="pyramid.png", help="picture to write; default: pyramid.png")
     args = parser.parse_args()
 
     known = timm.is_model_pretrained(args.backbone)

@@ -1,5 +1,5 @@
 #!/usr/bin/env python
-"""Classifies a photo with an exported file: NumPy, Pillow and ONNX Runtime or OpenVINO, without PyTorch.
+"""Classifies a photo with an exported model, using NumPy, Pillow and ONNX Runtime or OpenVINO, but not PyTorch.
 
     container export container_light_nano model.onnx --format onnx
     python examples/read_exported.py model.onnx PHOTO
@@ -16,7 +16,7 @@ from PIL import Image, ImageOps
 
 
 def load(path: str) -> tuple[dict[str, Any], Any]:
-    """What a file says of itself, and a function from an array of images to one of logits."""
+    """Loads an exported model, and returns its metadata and a function from an array of images to one of logits."""
     if path.endswith(".onnx"):
         import onnxruntime
 
@@ -35,7 +35,7 @@ def load(path: str) -> tuple[dict[str, Any], Any]:
 
 
 def prepare(photo: str, told: dict[str, Any]) -> np.ndarray:
-    """The middle of a photo, (1, 3, height, width), as the model was trained to see it."""
+    """Preprocesses a photo as the model expects it, and returns its centre crop as (1, 3, height, width)."""
     image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
     _, height, width = told["input_size"]
     short = int(height / told["crop_pct"])
@@ -48,9 +48,9 @@ def prepare(photo: str, told: dict[str, Any]) -> np.ndarray:
 
 
 def main() -> None:
-    """Prints the five likeliest classes."""
+    """Prints the five most likely classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("file", metavar="FILE", help="an .onnx or .xml of `container export`")
+    parser.add_argument("file", metavar="FILE", help=".onnx or .xml file from `container export`")
     parser.add_argument("photo", metavar="PHOTO")
     args = parser.parse_args()
     told, run = load(args.file)

@@ -1,11 +1,11 @@
 #!/usr/bin/env python
-"""Trains segmentation-models-pytorch's FPN or UPerNet with a CONTAINER-LIGHT, or any timm backbone.
+"""Trains segmentation-models-pytorch's FPN or UPerNet with a CONTAINER-LIGHT or any other timm backbone.
 
     python examples/segment.py --data-dir DIR --classes 21 [--decoder UPerNet] [--pretrained]
     python examples/segment.py --data-dir dsb2018 --masks instances --foreground      # nuclei against background
 
-The folder has {train,val}/images/ID.SUFFIX and {train,val}/masks/ID.png. A mask's pixel is the index of its class, and
-255 is ignored. Training uses random crops and flips. The mean IoU is measured on whole held-out images.
+The folder has {train,val}/images/ID.SUFFIX and {train,val}/masks/ID.png. The pixels of a mask are class indices; 255 is
+ignored. Training uses random crops and flips. The mean IoU is measured on whole held-out images.
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
@@ -36,11 +36,11 @@ except ImportError as error:
     raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
 
 IGNORED = 255
-MULTIPLE = 32  # of sides, which its decoders want
+MULTIPLE = 32  # the decoders need sides that are multiples of it
 
 
 class Masks(Dataset):
-    """Images and the class of each pixel.
+    """Dataset of images with the class of each pixel.
 
     Args:
         folder: Folder with `images`, and a folder of masks with the same names.
@@ -85,7 +85,7 @@ class Masks(Dataset):
 
 
 class Segmenter(nn.Module):
-    """A segmentation-models-pytorch network that takes lists, like torchvision's detectors.
+    """segmentation-models-pytorch network that takes lists, like torchvision's detectors.
 
     Args:
         decoder: `FPN` or `UPerNet`.
@@ -101,14 +101,14 @@ class Segmenter(nn.Module):
             FPN=dict(decoder_pyramid_channels=channels, decoder_segmentation_channels=channels),
             UPerNet=dict(decoder_channels=channels),
         )
-        weights = "timm" if pretrained else None  # any text asks timm for its own
+        weights = "timm" if pretrained else None  # any string makes timm load its own weights
         options = dict(widths[decoder], encoder_weights=weights, classes=classes)
         self.network = getattr(smp, decoder)(f"tu-{backbone}", **options)
         config = self.network.encoder.model.pretrained_cfg
         self.normalize = v2.Normalize(config["mean"], config["std"])
 
     def forward(self, images: list[torch.Tensor], targets: list[dict[str, torch.Tensor]] | None = None) -> Any:
-        """The loss of crops in training, else the classes of each image's pixels."""
+        """Returns the loss of crops if targets are given, or else the classes of each image's pixels."""
         if targets is not None:
             logits = self.network(self.normalize(torch.stack(images)))
             mask = torch.stack([target["mask"] for target in targets])
@@ -124,13 +124,13 @@ class Segmenter(nn.Module):
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", required=True, help="folder with train and val")
-    parser.add_argument("--masks", default="masks", help="name of the folders of masks")
+    parser.add_argument("--data-dir", required=True, help="folder with train/ and val/")
+    parser.add_argument("--masks", default="masks", help="name of the mask folders; default: masks")
     parser.add_argument("--classes", type=int, default=2)
-    parser.add_argument("--foreground", action="store_true", help="all numbers but 0 are one class")
+    parser.add_argument("--foreground", action="store_true", help="treat all mask values except 0 as one class")
     parser.add_argument("--decoder", choices=("FPN", "UPerNet"), default="FPN")
-    parser.add_argument("--output", default="segmented", help="folder for the result and the picture")
-    parser.add_argument("--crop", type=int, default=192, help="side of what is trained on, in pixels")
+    parser.add_argument("--output", default="segmented", help="folder for the results; default: segmented")
+    parser.add_argument("--crop", type=int, default=192, help="side of the training crops in pixels; default: 192")
     add_arguments(parser, epochs=10)
     parser.set_defaults(batch_size=16)
     return parser.parse_args()
@@ -138,7 +138,10 @@ def parse_args() -> argparse.Namespace:
 
 @torch.inference_mode()
 def evaluate(model: Segmenter, images: Masks, device: str) -> list[float]:
-    """The intersection over union of every class over all pixels, in percent; not a number if there is none of it."""
+    """Returns the intersection over union of each class over all pixels, in percent.
+
+    torchmetrics gives 0 for a class that is neither in the masks nor predicted.
+    """
     model.eval()
     metric = MulticlassJaccardIndex(images.classes, average="none", ignore_index=IGNORED)
     for i in range(len(images)):
@@ -149,7 +152,7 @@ def evaluate(model: Segmenter, images: Masks, device: str) -> list[float]:
 
 @torch.inference_mode()
 def draw(model: Segmenter, images: Masks, device: str, path: Path, count: int = 3) -> None:
-    """A row of images with their true classes, and below it one with those found."""
+    """Draws a row of images with their true classes, and below it a row with those found."""
     model.eval()
     rows: list[list[torch.Tensor]] = [[], []]
     colors = [f"hsl({360 * k // (images.classes - 1)}, 100%, 50%)" for k in range(images.classes - 1)]
@@ -163,10 +166,10 @@ def draw(model: Segmenter, images: Masks, device: str, path: Path, count: int = 
 
 
 def main() -> None:
-    """Trains, measures on the images held out, draws."""
+    """Trains the network, evaluates it on the held-out images, and draws some of them."""
     args = parse_args()
     torch.manual_seed(args.seed)
-    for name, number in dict(crop=args.crop, channels=args.channels).items():  # FPN norms 32 groups of channels
+    for name, number in dict(crop=args.crop, channels=args.channels).items():  # FPN's group norms have 32 groups
         if number % MULTIPLE:
             raise SystemExit(f"--{name} {number} is no multiple of {MULTIPLE}")
     if args.classes < 2:

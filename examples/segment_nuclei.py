@@ -1,12 +1,12 @@
 #!/usr/bin/env python
-"""Trains Mask R-CNN on a CONTAINER-LIGHT, or any timm backbone, to outline nuclei; measures and draws the result.
+"""Trains and evaluates Mask R-CNN on nuclei with a CONTAINER-LIGHT or any other timm backbone, and draws the result.
 
     python examples/segment_nuclei.py --data-dir dsb2018                   # from random weights
     python examples/segment_nuclei.py --data-dir dsb2018 --pretrained      # from the backbone's own
     python examples/segment_nuclei.py --data-dir dsb2018 --backbone resnet18
 
-The folder is the Data Science Bowl 2018's stage 1 (CC0): {train,val}/images/ID.png and 16-bit instances/ID.png, where
-nucleus k has the value k and the background 0. Photos are enlarged twice; training uses random crops of them.
+The folder has stage 1 of the Data Science Bowl 2018 (CC0): {train,val}/images/ID.png and 16-bit instances/ID.png, where
+nucleus k has the value k and the background 0. Images are upscaled by 2. Training uses random crops of them.
 
 Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 """
@@ -36,15 +36,15 @@ try:
 except ImportError as error:
     raise SystemExit(f'{error}: pip install -e ".[downstream]"') from None
 
-SCALE = 2  # a nucleus is 16 pixels wide, and half of the smallest anchor of Mask R-CNN
+SCALE = 2  # a nucleus is 16 pixels wide, half as wide as the smallest anchor of Mask R-CNN
 
 
 class Nuclei(Dataset):
-    """Images with a mask, and the box around it, for each nucleus.
+    """Dataset of images with a mask and its bounding box for each nucleus.
 
     Args:
         folder: Folder with `images` and `instances`.
-        crop: Side of a random crop, which is also flipped and rotated at random; 0 for the whole image.
+        crop: Side of a random crop, which is also flipped at random in both directions; 0 for the whole image.
     """
 
     def __init__(self, folder: Path, crop: int = 0) -> None:
@@ -67,9 +67,9 @@ class Nuclei(Dataset):
             image, instances = self.transform(image, instances)
         numbers = instances.unique()
         masks = instances.as_subclass(torch.Tensor) == numbers[numbers > 0].view(-1, 1, 1)
-        masks = masks[masks.sum((1, 2)) > 4]  # less is an edge of one that the crop cut off
+        masks = masks[masks.sum((1, 2)) > 4]  # smaller masks are edges of nuclei cut off by the crop
         boxes = masks_to_boxes(masks) if len(masks) else torch.empty(0, 4)
-        boxes[:, 2:] += 1  # to the outer side of the last pixel: none has no width
+        boxes[:, 2:] += 1  # to the outer edge of the last pixel, so that no box is empty
         target = dict(boxes=boxes, labels=torch.ones(len(masks), dtype=torch.int64), masks=masks.to(torch.uint8))
         return image.as_subclass(torch.Tensor).float() / 255, target
 
@@ -77,16 +77,16 @@ class Nuclei(Dataset):
 def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--data-dir", default="dsb2018", help="folder of the images")
-    parser.add_argument("--output", default="nuclei", help="folder for the result and the picture")
-    parser.add_argument("--crop", type=int, default=160, help="side of what is trained on, in pixels")
+    parser.add_argument("--data-dir", default="dsb2018", help="folder of the images; default: dsb2018")
+    parser.add_argument("--output", default="nuclei", help="folder for the results; default: nuclei")
+    parser.add_argument("--crop", type=int, default=160, help="side of the training crops in pixels; default: 160")
     add_arguments(parser, epochs=10)
     return parser.parse_args()
 
 
 @torch.inference_mode()
 def evaluate(model: Any, nuclei: Nuclei, device: str) -> dict[str, float]:
-    """COCO's average precision of boxes and masks, over IoU thresholds of 0.5 to 0.95 and at 0.5, in percent."""
+    """Computes COCO's average precision of boxes and masks in percent, over IoUs of 0.5 to 0.95 and at 0.5."""
     model.eval()
     metric = MeanAveragePrecision(iou_type=("bbox", "segm"), backend="pycocotools")
     for image, target in tqdm((nuclei[i] for i in range(len(nuclei))), total=len(nuclei), desc="test", leave=False):
@@ -103,7 +103,7 @@ def evaluate(model: Any, nuclei: Nuclei, device: str) -> dict[str, float]:
 
 @torch.inference_mode()
 def draw(model: Any, nuclei: Nuclei, device: str, path: Path, count: int = 3) -> None:
-    """A row of images with their true masks, and below it one with those found."""
+    """Draws a row of images with their true masks, and below it a row with those found."""
     model.eval()
     rows: list[list[torch.Tensor]] = [[], []]
     for image, target in (nuclei[i * len(nuclei) // count] for i in range(count)):
@@ -117,13 +117,13 @@ def draw(model: Any, nuclei: Nuclei, device: str, path: Path, count: int = 3) ->
 
 
 def main() -> None:
-    """Trains, measures on the images held out, draws."""
+    """Trains the model, evaluates it on the held-out images, and draws some of them."""
     args = parse_args()
     torch.manual_seed(args.seed)
     size, folder = SCALE * args.crop, Path(args.data_dir)
     options = dict(pretrained=args.pretrained, out_channels=args.channels)
     model: Any = mask_rcnn(args.backbone, 2, min_size=size, max_size=4 * size, **options).to(args.device)
-    model.roi_heads.fg_bg_sampler.batch_size_per_image = 64  # a crop has some 20 nuclei; 512 cost four times the time
+    model.roi_heads.fg_bg_sampler.batch_size_per_image = 64  # a crop has about 20 nuclei; 512 take 4 times as long
     loader, held_out = batches(Nuclei(folder / "train", args.crop), args.batch_size, True), Nuclei(folder / "val")
     train(model, loader, args.epochs, args.lr, args.device, args.amp)
     result = evaluate(model, held_out, args.device)

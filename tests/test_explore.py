@@ -266,7 +266,7 @@ def test_learned_values_are_not_moved_by_the_sliders_steps():
     ("words", "said"),
     [
         (["no.jpg"], "No such file or directory: 'no.jpg'"),
-        ([__file__], "cannot be read as a photo: cannot identify image file"),
+        ([__file__], "cannot be read as a photo: it is not an image file"),
         (["--model", "resnet18"], "no model 'resnet18' in this family: `container list` has them"),
         (["--model", "container_nano.mine"], "container_nano.mine cannot be created: "),
         (["--img-size", "8"], f"8 pixels are too few for {NANO}: one token of its last stage takes 32"),

@@ -197,7 +197,7 @@ def test_pictures_of_a_checkpoint(num_classes, photo, tmp_path):
     ("words", "said"),
     [
         (["no.jpg", "--model", "container_light_nano"], "No such file"),
-        ([__file__, "--model", "container_light_nano"], "cannot identify image file"),
+        ([__file__, "--model", "container_light_nano"], "it is not an image file"),
         (["PHOTO", "--model", "resnet18"], "no model 'resnet18' in this family"),
         (["PHOTO", "--model", "container_light_nano.no_such"], "no_such"),
         (["PHOTO", "--model", "container_light_nano", "--pixel", 3000, 2], "pixel (3000, 2) is not in the image"),

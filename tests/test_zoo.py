@@ -178,6 +178,7 @@ def test_fetch(share, place):
         (b"", "Too many users have viewed or downloaded this file recently.", "Too many users have viewed"),
         (PAGE, "", "is a web page, .*, not a checkpoint"),
         (b"x" * 1000, "", "is not a checkpoint that can be loaded"),
+        (b"hi\n", "", "is not a checkpoint that can be loaded: it is neither safetensors nor a torch file"),
         (released({}), "", "does not fit container_light: 391 missing"),
         (released({**reference.random_state(0), "head.bias": torch.full((1000,), torch.nan)}), "", "1000 numbers that"),
         (

@@ -1,4 +1,4 @@
-"""The parts of `train_imagenet.py` that timm does not have."""
+"""Parts of `train_imagenet.py` that timm does not provide."""
 
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves

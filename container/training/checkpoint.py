@@ -1,4 +1,4 @@
-"""Checkpoints of a run, and how far it has come."""
+"""Checkpoints and progress of a training run."""
 
 import copy
 import hashlib
@@ -20,7 +20,7 @@ __all__ = ["Checkpoints", "Progress", "lock"]
 
 
 def lock(folder: Path) -> FileLock:
-    """Locks a run's folder for this process, until it is released or the process ends.
+    """Locks a run's folder until the lock is released or this process ends.
 
     Args:
         folder: The run's folder.
@@ -40,31 +40,32 @@ def lock(folder: Path) -> FileLock:
 
 @dataclass
 class Progress:
-    """How far a run has come.
+    """Progress of a training run.
 
-    It holds no random state: on every rank, random numbers are a function of the run's seed and of the place where they
-    are used (`seed_everything`).
+    It holds no random state. On every rank, random numbers are a function of the run's seed and of the position in the
+    run where they are used (`seed_everything`).
     """
 
-    epoch: int = 0  # whole ones
-    step: int = 0  # optimizer steps in the epoch after them
+    epoch: int = 0  # completed epochs
+    step: int = 0  # optimizer steps done in the current epoch
     loss: float = 0.0  # sum over these steps
-    wait: float = 0.0  # seconds of them spent waiting for data
-    seconds: float = 0.0  # spent on them
+    wait: float = 0.0  # seconds of these steps spent waiting for data
+    seconds: float = 0.0  # duration of these steps
     total_seconds: float = 0.0
-    lr: float = 0.0  # of the last step
-    bad: int = 0  # steps left out in a row, as their gradient was not finite
-    skipped: int = 0  # steps left out in all
-    best: float | None = None  # validation top-1, percent
-    history: list[dict[str, float]] = field(default_factory=list)  # a row for each whole epoch
+    lr: float = 0.0  # learning rate of the last step
+    bad: int = 0  # consecutive steps skipped because of a non-finite gradient
+    skipped: int = 0  # all steps skipped so far
+    best: float | None = None  # best validation top-1, in percent
+    history: list[dict[str, float]] = field(default_factory=list)  # one row per completed epoch
 
 
 class Checkpoints:
-    """The newest checkpoints of a run, in its folder.
+    """Manager of the newest checkpoints in a run's folder.
 
-    A file is called `checkpoint-STEP-HASH.pth`, with the optimizer step and the first 16 digits of the sha256 of its
-    content, so that name and checksum appear in one atomic move. It is a dictionary of tensors and plain values, so
-    loading it executes no code. timm loads its weights, and prefers the averaged ones.
+    Each file is named `checkpoint-STEP-HASH.pth`, with the optimizer step and the first 16 hexadecimal digits of the
+    SHA-256 of its content. One atomic rename thus publishes both the file and its checksum. A checkpoint is a
+    dictionary of tensors and plain values, so loading it executes no code. timm can load its weights, and prefers the
+    averaged ones.
 
     Args:
         folder: The run's folder.
@@ -77,22 +78,22 @@ class Checkpoints:
         self._writing: Future[Path] | None = None
 
     def paths(self) -> list[Path]:
-        """The checkpoints, the newest first."""
+        """Returns the paths of the checkpoints, newest first."""
         return sorted(self.folder.glob("checkpoint-*-*.pth"), reverse=True)
 
     def damaged(self) -> list[Path]:
-        """What `load` found damaged and has set aside."""
+        """Returns the paths of damaged checkpoints that `load` has set aside."""
         return sorted(self.folder.glob("checkpoint-*-*.damaged"))
 
     def save(self, step: int, state: dict[str, Any]) -> Path:
-        """Writes a checkpoint, then removes old ones, and any other of the same step.
+        """Writes a checkpoint, then removes old ones and any other checkpoint of the same step.
 
         Args:
-            step: Optimizer steps done.
+            step: Number of optimizer steps done.
             state: Tensors and plain values.
 
         Raises:
-            OSError: It cannot be written; earlier checkpoints are kept.
+            OSError: The checkpoint cannot be written. Earlier ones are kept.
         """
         buffer = io.BytesIO()
         torch.save(state, buffer)
@@ -104,10 +105,10 @@ class Checkpoints:
         return path
 
     def begin(self, step: int, state: dict[str, Any]) -> None:
-        """Saves a copy in a thread while training goes on, one checkpoint at a time.
+        """Saves a copy of the state in a background thread, one checkpoint at a time.
 
         Args:
-            step: Optimizer steps done.
+            step: Number of optimizer steps done.
             state: Tensors and plain values.
 
         Raises:
@@ -117,19 +118,20 @@ class Checkpoints:
         self._writing = self._thread.submit(self.save, step, _copy(state))
 
     def finish(self) -> None:
-        """Waits for the checkpoint of `begin`.
+        """Waits until the checkpoint started by `begin` has been written.
 
         Raises:
-            OSError: It could not be written.
+            OSError: The checkpoint could not be written.
         """
         writing, self._writing = self._writing, None
         if writing is not None:
             writing.result()
 
     def load(self) -> dict[str, Any] | None:
-        """Loads the newest intact checkpoint to the CPU; damaged ones are reported on stderr and set aside.
+        """Loads the newest intact checkpoint to the CPU.
 
-        Leftovers of an interrupted `write_atomically` are removed.
+        Damaged checkpoints are reported on stderr and renamed to `*.damaged`. Temporary files left by an interrupted
+        `write_atomically` are removed.
 
         Returns:
             The saved state, or None if there is no checkpoint.
@@ -140,13 +142,13 @@ class Checkpoints:
             data = path.read_bytes()
             if path.stem.endswith(f"-{_digest(data)}"):
                 return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
-            path.rename(path.with_suffix(".damaged"))  # or it would outrank those of a run that begins anew
+            path.rename(path.with_suffix(".damaged"))  # otherwise it would outrank a new run's
             print(f"{path} is damaged ({len(data)} bytes, wrong sha256): trying the one before", file=sys.stderr)
         return None
 
 
 def _copy(value: Any) -> Any:
-    """Tensors copied to the CPU, in dictionaries and lists of them."""
+    """Copies tensors to the CPU, including those in nested dictionaries and lists."""
     if isinstance(value, torch.Tensor):
         return value.detach().to("cpu", copy=True)
     if isinstance(value, dict):

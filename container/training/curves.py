@@ -1,4 +1,4 @@
-"""The picture of a run."""
+"""Plots of a training run."""
 
 import csv
 from pathlib import Path
@@ -14,7 +14,7 @@ def plot_curves(summary: str | Path, picture: str | Path) -> None:
             `eval_ema_top1` for averaged weights.
         picture: Output PNG.
     """
-    # Not pyplot: it would choose a window system, and training machines have none.
+    # Not pyplot, which may select a GUI backend: training machines have no display.
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 

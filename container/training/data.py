@@ -1,4 +1,4 @@
-"""Datasets of a training run: folders, tar files, WebDataset, Hugging Face and torchvision datasets, or digits."""
+"""Datasets for a training run: folders, tar files, WebDataset, Hugging Face and torchvision datasets, or digits."""
 
 import hashlib
 import os
@@ -37,22 +37,26 @@ __all__ = [
 
 
 def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Image.Image:
-    """Keeps the highest bits of every pixel; none of them is black."""
+    """Keeps the highest bits of every pixel. With 0 bits, the image is black."""
     if bits_to_keep < 1:
         return Image.new(image.mode, image.size)
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
 def operations(policy: Any) -> list[Any]:
-    """The operations of a timm auto-augment policy, whose `aug_fn` can be replaced; empty for anything else."""
+    """Returns the operations of a timm auto-augment policy, or an empty list for anything else.
+
+    The `aug_fn` of each operation can be replaced.
+    """
     return [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]
 
 
 def mend_posterize(policy: Any) -> Any:
-    """Lets timm's auto-augment policy posterize to 0 bits, and returns the policy.
+    """Makes timm's auto-augment policy accept posterizing to 0 bits, and returns the policy.
 
-    RandAugment m9-mstd0.5-inc1, the released recipe, does so with one image in a few hundred. Pillow made such an image
-    black until version 13, which raises an error: a run with timm's own operation then dies in its first epoch.
+    RandAugment m9-mstd0.5-inc1, used by the released recipe, posterizes one image in a few hundred to 0 bits. Pillow
+    made such an image black until version 13, which raises an error instead. With timm's own operation, a run would
+    then fail in its first epoch.
     """
     for operation in operations(policy):
         if operation.name.startswith("Posterize"):
@@ -66,12 +70,12 @@ _TRIES = 10
 
 
 class Digits(Dataset):
-    """scikit-learn's 1,797 handwritten digits as images: 8 x 8, enlarged to 32 x 32, ten classes.
+    """scikit-learn's 1,797 handwritten digits in ten classes, as 32 x 32 images upscaled from 8 x 8.
 
-    1,437 are for training and 360 are held out: the same ones in every run, with equal shares of each digit.
+    1,437 images are for training and 360 are held out. The split is stratified by digit, and the same in every run.
 
     Args:
-        train: Whether to use the training part, or else the held-out part.
+        train: Whether to use the training images instead of the held-out ones.
 
     Raises:
         ImportError: scikit-learn is not installed.
@@ -92,44 +96,47 @@ class Digits(Dataset):
         self.transform: Callable | None = None
 
     def __len__(self) -> int:
-        """Number of images."""
+        """Returns the number of images."""
         return len(self.targets)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        """The image, RGB and transformed, and its class."""
-        pixels = (self.images[index].reshape(8, 8) * (255 / 16)).astype("uint8")  # they come as 0 to 16
+        """Returns the RGB image, after `transform` if it is set, and its class index."""
+        pixels = (self.images[index].reshape(8, 8) * (255 / 16)).astype("uint8")  # scikit-learn's range is 0 to 16
         image = Image.fromarray(pixels).resize((32, 32), Image.Resampling.BICUBIC).convert("RGB")
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
 
 def _in_order(names: Iterable[str]) -> list[str]:
-    """Names of classes by their numbers, as timm has it; those that are equal so far (A and a, 1 and 01) by letters."""
+    """Returns the unique class names in timm's natural order.
+
+    Names that are equal in that order (A and a, 1 and 01) are sorted as plain strings.
+    """
     return sorted(set(names), key=lambda name: (natural_key(name), name))
 
 
 class ClassFolders(Reader):
-    """Images in class folders, at any depth, as in torchvision's ImageFolder.
+    """Reader for images in class folders, at any depth, as in torchvision's ImageFolder.
 
-    Note: for timm's reader the class is the innermost folder; here it is the one directly below `root`.
+    Note: for timm's reader the class is the innermost folder; here it is the folder directly below `root`.
 
     Args:
-        root: Folder of the class folders.
+        root: Folder that contains the class folders.
 
     Raises:
         PermissionError: A folder cannot be read.
-        ValueError: Images lie in `root` itself, or a class has none.
+        ValueError: `root` itself contains images, or a class folder has none.
     """
 
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root, suffixes = root, get_img_extensions(as_set=True)
-        self.left_out: Counter[str] = Counter()  # files by suffix
+        self.left_out: Counter[str] = Counter()  # number of unused files by suffix
         found: dict[str, list[str]] = {}
         for folder in (entry for entry in os.scandir(root) if entry.is_dir()):
             images, seen = found.setdefault(folder.name, []), set()
             for place, folders, files in os.walk(folder.path, onerror=_raise, followlinks=True):
                 if (real := os.path.realpath(place)) in seen:
-                    folders.clear()  # a link back to where the walk has been
+                    folders.clear()  # a symlink to a folder that was visited before
                     continue
                 seen.add(real)
                 for file in files:
@@ -161,22 +168,24 @@ class ClassFolders(Reader):
 
 
 class Photos(Reader):
-    """All images below some folders, in the same order in every process; no labels are read, and `targets` are 0.
+    """Reader for all images below several folders, without labels.
+
+    The order is the same in every process. All `targets` are 0 until a teacher replaces them.
 
     Args:
         roots: The folders.
-        exclude: Pattern of file names to leave out, as in `fnmatch`.
+        exclude: `fnmatch` pattern of file names to leave out.
 
     Raises:
         PermissionError: A folder cannot be read.
-        ValueError: A folder has no image.
+        ValueError: A folder has no images.
     """
 
     def __init__(self, roots: list[Path], exclude: str | None = None) -> None:
         super().__init__()
         self.roots, suffixes = roots, get_img_extensions(as_set=True)
-        self.left_out: Counter[str] = Counter()  # files by suffix
-        self.samples: list[tuple[str, str]] = []  # root, path in it
+        self.left_out: Counter[str] = Counter()  # number of unused files by suffix
+        self.samples: list[tuple[str, str]] = []  # root, and path relative to it
         for root in roots:
             found = []
             for place, folders, files in os.walk(root, onerror=_raise):
@@ -189,7 +198,7 @@ class Photos(Reader):
             if not found:
                 raise ValueError(f"no images in {root}{f' but {exclude}' if exclude else ''}")
             self.samples += [(str(root), path) for path in sorted(found)]
-        self.left_out += Counter()  # without those that count 0
+        self.left_out += Counter()  # drops entries with a count of 0
         self.targets = np.zeros(len(self), dtype=np.int64)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -208,7 +217,10 @@ def _raise(error: OSError) -> None:
 
 
 class _TarReader(ReaderImageInTar):
-    """timm's, but a forked loader opens the files anew: it would move the place at which the other processes read."""
+    """timm's tar reader, made safe for forked data loader workers.
+
+    A forked worker would share its read position with the other processes, so it reopens the files.
+    """
 
     process = os.getpid()
 
@@ -224,24 +236,24 @@ class _TarReader(ReaderImageInTar):
 
 
 def open_tar(path: Path) -> ReaderImageInTar:
-    """timm's reader for a tar file with class folders, or with one tar file per class.
+    """Opens a tar file of class folders, or of one tar file per class, with timm's reader.
 
-    Note: timm keeps an index beside a large archive, and trusts it even if the archive has changed. Here there is no
-    index.
+    Note: timm keeps an index beside a large archive, and trusts it even if the archive has changed. No index is kept
+    here.
 
     Raises:
-        ValueError: It has no images, or nested folders, of which either level could be the classes.
+        ValueError: The archive has no images, or has nested folders so that the class level is ambiguous.
     """
     try:
         reader = _TarReader(str(path), cache_tarinfo=False)
     except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
         raise ValueError(f"no images in class folders of {path}") from error
     folders = set()
-    for file, _, outer in reader.samples:  # `outer` is the tar file of the class, where there is one
+    for file, _, outer in reader.samples:  # `outer` is the class's own tar file, if there is one
         place = os.path.join(os.path.splitext(outer.name)[0] if outer else "", os.path.dirname(file.name))
         folders.add(tuple(part for part in place.split(os.sep) if part not in ("", ".")))
     common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))))
-    depth = max(0, min(common, min(map(len, folders)) - 1))  # of the folder that the class folders are in
+    depth = max(0, min(common, min(map(len, folders)) - 1))  # of the parent of the class folders
     if deeper := [folder for folder in folders if len(folder) != depth + 1]:
         which = "/".join(deeper[0]) or "its top"
         raise ValueError(f"{path} has folders in class folders, or images outside of them: in {which}")
@@ -253,18 +265,18 @@ def open_tar(path: Path) -> ReaderImageInTar:
 
 
 class Images(ImageDataset):
-    """timm's dataset over a folder, tar or Hugging Face reader, which keeps track of unreadable images.
+    """timm dataset over a folder, tar or Hugging Face reader that keeps track of unreadable images.
 
-    In training an unreadable image is replaced by the next readable one. In validation its class becomes -1, which does
-    not count. The record is in shared memory, so that loader processes can report to the process that trains.
-    `classes` are the class names in order, `left_out` is a message about files without an image suffix, and `decode`
+    In training, an unreadable image is replaced by the next readable one. In validation, its class becomes -1, which is
+    not counted. The record is in shared memory, so that data loader workers can report to the training process.
+    `classes` are the class names in order, and `left_out` is a message about files without an image suffix. `decode`
     turns an open file into an image.
 
     Args:
-        root: A folder of class folders, or a tar file; with a reader, timm's argument.
-        reader: '' or timm's 'hfds/NAME', or a reader.
+        root: Folder of class folders, or tar file. If `reader` is given, it is passed on to timm.
+        reader: '', timm's 'hfds/NAME', or a reader.
         train: Whether the images are for training.
-        split: timm's argument.
+        split: Name of the split, passed on to timm.
     """
 
     def __init__(self, root: str | None, reader: str | Reader = "", train: bool = False, split: str = "train") -> None:
@@ -274,7 +286,7 @@ class Images(ImageDataset):
         self.decode: Callable[[Any], Any] = open_rgb
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
-        self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # an epoch has millions of steps x images
+        self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # spares a scan of all flags per step
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
         self.classes = sorted(by_index, key=by_index.__getitem__)
         others: Any = getattr(self.reader, "left_out", Counter())
@@ -286,7 +298,7 @@ class Images(ImageDataset):
         )
 
     def __getitem__(self, index: int) -> tuple[object, int]:
-        """The image, RGB and transformed, and its class."""
+        """Returns the RGB image, after `transform` if it is set, and its class index."""
         for candidate in (i % len(self) for i in range(index, index + _TRIES)):
             try:
                 file, target = self.reader[candidate]
@@ -295,7 +307,7 @@ class Images(ImageDataset):
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True
-                self._news.fill_(True)  # after it: who sees this, sees that
+                self._news.fill_(True)  # set last: whoever sees it also sees the flag of the image
         else:
             raise OSError(f"{_TRIES} images in a row cannot be read, the last is {self.filename(candidate)}")
         if candidate != index and not self.train:
@@ -303,10 +315,10 @@ class Images(ImageDataset):
         return image if self.transform is None else self.transform(image), target
 
     def new_unreadable(self) -> list[str]:
-        """Names of the images found unreadable since the last call.
+        """Returns the names of images found unreadable since the last call.
 
         Raises:
-            ValueError: In total more than 1 % of the images, and more than 10, are unreadable.
+            ValueError: More than 1 % of the images, and more than 10, are unreadable in total.
         """
         if not self._news:
             return []
@@ -318,17 +330,17 @@ class Images(ImageDataset):
         return names
 
     def digest(self) -> str:
-        """16 hexadecimal digits that identify these images by their names and order."""
+        """Returns 16 hexadecimal digits that identify these images by their names and order."""
         return hashlib.sha256("\n".join(self.filenames()).encode()).hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
-        """Refuses to go on if too many images are unreadable.
+        """Checks that not too many images are unreadable.
 
         Args:
-            flags: (images,), which ones are unreadable, according to this process or to all.
+            flags: (images,), True for unreadable images, as found by this process or by all.
 
         Raises:
-            ValueError: More than 1 %, and more than 10, are unreadable.
+            ValueError: More than 1 % of the images, and more than 10, are unreadable.
         """
         if (count := int(flags.sum())) > max(10, len(self) // 100):
             last = self.filename(int(flags.nonzero()[-1]))
@@ -340,15 +352,15 @@ def _split(root: Path, names: tuple[str, ...]) -> Path:
         for path in (root / name, root / f"{name}.tar"):
             if path.exists():
                 return path
-    # Without this check timm would take `root` itself for the split, and the splits for classes.
+    # Without this check, timm would use `root` itself as the split, and the split folders as classes.
     raise FileNotFoundError(f"no folder {' or '.join(names)} (or .tar) in {root}")
 
 
 def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> None:
-    """Refuses data whose classes differ from those of the weights or the run, if both have names.
+    """Checks that the data has the same class names as the weights or the run, if both have names.
 
     Args:
-        of: Description of the weights or the run, for the message.
+        of: Description of the weights or the run, for the error message.
         known: Their class names in the order of the logits, or None.
         found: The data's class names in the order of its labels, or None.
 
@@ -362,7 +374,7 @@ def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> 
 
 
 def open_validation(data_dir: str | Path) -> tuple[Images, int]:
-    """Opens images to evaluate on: the validation part of a folder, or a folder of class folders.
+    """Opens images to evaluate on: the validation split of a folder, or a folder of class folders.
 
     ImageNet-V2 is of the second kind. Its folder names are numbers, and are sorted as numbers.
 
@@ -374,7 +386,7 @@ def open_validation(data_dir: str | Path) -> tuple[Images, int]:
 
     Raises:
         OSError: The folder is missing, or cannot be read.
-        ValueError: It has no images.
+        ValueError: The folder has no images.
     """
     root = Path(data_dir)
     if not root.exists():
@@ -389,12 +401,13 @@ def open_photos(folders: list[str], exclude: str | None = None) -> tuple[Images,
     """Opens photos for training and validation without reading labels.
 
     Args:
-        folders: Folders with `train` and `val` (or `validation`, `test`). A folder without them is all for training.
-        exclude: Pattern of file names to leave out.
+        folders: Folders with `train` and `val` (or `validation`, `test`). If a folder has neither, all its photos are
+            used for training.
+        exclude: `fnmatch` pattern of file names to leave out.
 
     Raises:
         OSError: A folder is missing or unreadable.
-        ValueError: A folder has no images, or no folder has a validation part.
+        ValueError: A folder has no images, or no folder has a validation split.
     """
     train, val = [], []
     for root in map(Path, folders):
@@ -418,26 +431,27 @@ def create_datasets(
     batch_size: int = 1,
     seed: int = 0,
 ) -> tuple[Any, Any, int]:
-    """Opens training and validation data.
+    """Opens the training and validation datasets.
 
     Args:
-        data_dir: The folder.
+        data_dir: Folder of the data.
         dataset: '' for a folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file with one
             folder of images per class; 'torch/cifar10', 'torch/cifar100', 'hfds/NAME', 'wds/' as in timm; 'digits', or
             '' without a folder, for scikit-learn's digits.
-        splits: Names of the training and validation splits, if the data has names. For WebDataset also patterns with a
-            number of images, such as `train-{000..099}.tar|100000`.
-        num_classes: Required number of classes. Data without class names, such as WebDataset, needs it.
-        batch_size: A hint for WebDataset.
-        seed: Seed of the order of streams.
+        splits: Names of the training and validation splits, for data with named splits. For WebDataset, these can also
+            be shard patterns with a number of images, such as `train-{000..099}.tar|100000`.
+        num_classes: Expected number of classes. Required for data without class names, such as WebDataset.
+        batch_size: Batch size, a hint for WebDataset.
+        seed: Seed for the order of streamed data.
 
     Returns:
-        Training data, validation data, number of classes.
+        Training dataset, validation dataset, and number of classes.
 
     Raises:
         ImportError: A package that the format needs is not installed.
         OSError: The folder or one of its parts is missing or unreadable.
-        ValueError: A split or a class has no images, splits have different classes, or there are not `num_classes`.
+        ValueError: A split or a class has no images, the splits have different classes, or their number is not
+            `num_classes`.
     """
     kind = "digits" if not dataset and data_dir is None else dataset.split("/")[0].lower()
     train: Any
@@ -494,7 +508,10 @@ def create_datasets(
 
 
 class _Bounded:
-    """Lets through the classes that there are; any other would end a run on a GPU in a failed assertion."""
+    """Target transform that rejects class indices out of range.
+
+    On a GPU, such an index would end the run with a failed assertion.
+    """
 
     def __init__(self, num_classes: int) -> None:
         self.num_classes = num_classes

@@ -1,4 +1,4 @@
-"""The gradient of depthwise convolutions on a CPU."""
+"""Faster gradient of depthwise convolutions on a CPU."""
 
 from functools import partial
 
@@ -9,19 +9,19 @@ from torch.autograd.function import once_differentiable
 
 __all__ = ["speed_up_depthwise"]
 
-COLUMNS = 3  # of a window, for which oneDNN is fast
+COLUMNS = 3  # widest kernel for which oneDNN is fast
 
 
 def speed_up_depthwise(model: nn.Module) -> int:
     """Speeds up the weight gradient of a model's depthwise convolutions on a CPU, in place.
 
-    dL/dw_c[i, j] = sum over b, h, w of x_c[b, h + i, w + j] dL/dy_c[b, h, w], with x padded. The window's
-    columns j are independent, so a wide window is computed as several windows of three columns.
+    dL/dw_c[i, j] = sum over b, h, w of x_c[b, h + i, w + j] dL/dy_c[b, h, w], with x padded. The columns j of the
+    kernel are independent, so the gradient of a wide kernel is computed in parts of up to three columns.
 
-    oneDNN (seen with 3.7 and 3.12) is fast for windows of up to three columns. For a 5x5 window its gradient takes
-    fifteen times as long as for a 5x3 one in float32, and forty times in bfloat16.
+    oneDNN (seen with 3.7 and 3.12) is fast for kernels of up to three columns. For a 5x5 kernel, its gradient takes
+    fifteen times as long as for a 5x3 kernel in float32, and forty times as long in bfloat16.
 
-    Answers and gradients are the same up to rounding. Strided, dilated and subclassed convolutions are left unchanged.
+    Outputs and gradients are the same up to rounding. Strided, dilated and subclassed convolutions are left unchanged.
 
     Args:
         model: Any model. Its modules keep their classes, parameters and hooks.
@@ -40,7 +40,7 @@ def speed_up_depthwise(model: nn.Module) -> int:
 
 
 def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int, int]) -> Tensor:
-    """The convolution, of the type that autocast asks for."""
+    """Computes the convolution in the dtype set by autocast."""
     if torch.is_autocast_enabled("cpu"):
         dtype = torch.get_autocast_dtype("cpu")
         x, weight, bias = x.to(dtype), weight.to(dtype), None if bias is None else bias.to(dtype)
@@ -48,7 +48,7 @@ def _convolve(x: Tensor, weight: Tensor, bias: Tensor | None, padding: tuple[int
 
 
 class _Depthwise(torch.autograd.Function):
-    """A depthwise convolution of stride 1, whose weights get their gradient column by column."""
+    """Depthwise convolution of stride 1 that computes its weight gradient in parts of up to three columns."""
 
     @staticmethod
     def forward(ctx, x, weight, bias, padding):  # type: ignore[no-untyped-def]
@@ -77,5 +77,5 @@ class _Depthwise(torch.autograd.Function):
                 for i, part in zip(range(0, weight.shape[-1], COLUMNS), weight.split(COLUMNS, -1), strict=True)
             ]
             dweight = torch.cat(parts, -1)
-        # oneDNN gets it along with the gradient of the weights only.
+        # The bias gradient is summed here: oneDNN computes it only together with the weight gradient.
         return dx, dweight, dy.sum((0, 2, 3)) if ctx.has_bias else None, None

@@ -1,4 +1,4 @@
-"""Learning from a teacher alone: its logits for views of photos, which are kept on disk where views repeat."""
+"""Distillation from a teacher's logits alone, without labels, with a disk cache for repeated views."""
 
 import hashlib
 import io
@@ -27,12 +27,13 @@ __all__ = ["Distillation", "Divergence", "Teacher", "Views"]
 
 
 class Divergence(nn.Module):
-    """T^2 KL(softmax(t / T) || softmax(s / T)) for teacher logits t and student logits s, averaged over the batch.
+    """Distillation loss T^2 KL(softmax(t / T) || softmax(s / T)), averaged over the batch.
 
-    The factor T^2 keeps gradients equally large at all temperatures (Hinton et al. 2015, section 2).
+    Here t are the teacher's logits and s the student's. The factor T^2 keeps gradients equally large at all
+    temperatures (Hinton et al. 2015, section 2).
 
     Args:
-        temperature: T.
+        temperature: Temperature T.
     """
 
     def __init__(self, temperature: float) -> None:
@@ -40,25 +41,25 @@ class Divergence(nn.Module):
         self.temperature = temperature
 
     def forward(self, logits: Tensor, of_teacher: Tensor) -> Tensor:
-        """The divergence, for two tensors of shape (batch, classes)."""
+        """Returns the loss for student and teacher logits, each of shape (batch, classes)."""
         ours, theirs = (log_softmax(t.float() / self.temperature, dim=-1) for t in (logits, of_teacher))
         return kl_div(ours, theirs, reduction="batchmean", log_target=True) * self.temperature**2
 
 
 class Teacher:
-    """A trained model that gives logits for the student's views, resized to its own image size.
+    """Trained model that returns logits for the student's views, resized to its own image size.
 
     Args:
-        name: A timm model.
-        checkpoint: Its weights file, or None for its pretrained weights.
-        num_classes: Its number of classes.
-        size: Side of its images, to which views are resized, bicubically. None leaves their size unchanged.
-        mean: Mean of the student's normalization.
-        std: Standard deviation of the student's normalization.
-        compute: Device and type to compute in.
+        name: Name of a timm model.
+        checkpoint: Path of its weights, or None for its pre-trained weights.
+        num_classes: Number of its classes.
+        size: Image size that views are resized to, with bicubic interpolation. None leaves their size unchanged.
+        mean: Mean used to normalise the student's images.
+        std: Standard deviation used to normalise the student's images.
+        compute: Device and dtype to compute in.
 
     Raises:
-        OSError, RuntimeError, ValueError: From timm, for weights that are missing or do not fit.
+        OSError, RuntimeError, ValueError: Raised by timm if the weights are missing or do not fit.
     """
 
     def __init__(
@@ -86,7 +87,11 @@ class Teacher:
 
     @torch.no_grad()
     def __call__(self, images: Tensor) -> Tensor:
-        """Logits (batch, classes) in half precision, for images (batch, 3, side, side) normalized for the student."""
+        """Returns logits (batch, classes) in half precision.
+
+        Args:
+            images: (batch, 3, side, side), normalised for the student.
+        """
         if self.size not in (None, images.shape[-1]):
             images = interpolate(images, size=(self.size, self.size), mode="bicubic", antialias=True)
         images = torch.addcmul(self.shift, images, self.scale).contiguous(memory_format=torch.channels_last)
@@ -96,14 +101,14 @@ class Teacher:
     def label(
         self, photos: Images, config: dict[str, Any], batch_size: int, workers: int, kept: Path | None = None
     ) -> None:
-        """Labels every photo with the teacher's prediction, on all processes.
+        """Labels every photo with the teacher's prediction. All processes must call it.
 
         Args:
-            photos: Opened by `open_photos`.
+            photos: Photos from `open_photos`.
             config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
             batch_size: Photos per batch.
-            workers: Number of loader processes.
-            kept: File in which the predictions are cached.
+            workers: Number of data loader workers.
+            kept: File to cache the predictions in, or None.
         """
         known = [np.load(kept) if kept is not None and kept.exists() else None]
         dist.broadcast_object_list(known)
@@ -121,7 +126,7 @@ class Teacher:
             write_atomically(kept, buffer.getbuffer())
 
     def digest(self) -> str:
-        """16 hexadecimal digits that identify these weights."""
+        """Returns 16 hexadecimal digits that identify these weights."""
         content = hashlib.sha256()
         for key, tensor in self.model.state_dict().items():
             content.update(key.encode() + tensor.cpu().numpy().tobytes())
@@ -129,10 +134,10 @@ class Teacher:
 
 
 class Views:
-    """Views and teacher logits of the first epochs on disk, read again when these views repeat.
+    """Disk cache of the views and teacher logits of the first epochs, read again when these views repeat.
 
-    There is one file per epoch and process, with a record for each batch: pixels (uint8, before mixing), the teacher's
-    logits (half precision, for the mixed images) and a checksum. Damaged and incomplete records are made again. Each
+    Each epoch and process has one file, with one record per batch: pixels (uint8, before mixing), the teacher's logits
+    (half precision, for the mixed images) and a checksum. Damaged and incomplete records are computed again. Each
     combination of settings has its own folder.
 
     Args:
@@ -141,7 +146,7 @@ class Views:
         shape: Shape of a batch, (images, 3, side, side).
         classes: Number of the teacher's classes.
         passes: Batches per epoch.
-        rank: Rank of the process.
+        rank: Rank of this process.
 
     Raises:
         OSError: The folder cannot be written.
@@ -157,14 +162,14 @@ class Views:
         self.shape, self.classes, self.passes, self.rank = shape, classes, passes, rank
         self.pixels = int(np.prod(shape))
         self.record = self.pixels + 2 * shape[0] * classes + 4
-        self.known: dict[int, set[int]] = {}  # epoch: its whole records
+        self.known: dict[int, set[int]] = {}  # intact records of each epoch
 
     def path(self, epoch: int) -> Path:
-        """The file of an epoch."""
+        """Returns the path of an epoch's file."""
         return self.folder / f"{epoch:04d}-{self.rank}.views"
 
     def whole(self, epoch: int, first: int = 0) -> bool:
-        """Whether all batches of an epoch from `first` on are there."""
+        """Returns whether all batches of an epoch from `first` on are cached and intact."""
         if epoch not in self.known:
             self.known[epoch] = set()
             if self.path(epoch).exists():
@@ -178,15 +183,18 @@ class Views:
         return len(record) == self.record and zlib.crc32(record[:-4]).to_bytes(4, "big") == record[-4:]
 
     def read(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Pixels and logits of an epoch's batches, from `first` on, of which `whole` said that they are there."""
+        """Yields pixels and logits of an epoch's batches, from `first` on.
+
+        `whole` must have returned True for these batches.
+        """
         size = self.passes * self.record
         content = torch.from_file(str(self.path(epoch)), shared=False, size=size, dtype=torch.uint8)
         for record in content.view(self.passes, self.record)[first:]:
-            logits = record[self.pixels : -4].clone().view(torch.float16)  # cloned: it may lie at an odd place
+            logits = record[self.pixels : -4].clone().view(torch.float16)  # cloned: it may be misaligned
             yield record[: self.pixels].view(self.shape), logits.view(self.shape[0], self.classes)
 
     def write(self, epoch: int, i: int, pixels: Tensor, logits: Tensor) -> None:
-        """Stores a batch.
+        """Writes a batch to the cache.
 
         Args:
             epoch: Epoch of the views.
@@ -207,16 +215,16 @@ class Views:
 
 
 class Distillation:
-    """The batches of a run that learns from a teacher alone: views, and the teacher's logits for them.
+    """Source of training batches whose targets are a teacher's logits.
 
     Args:
-        teacher: Run once for each view.
-        mix: Erases and mixes images (and labels, which are ignored), seeded by the view.
+        teacher: The teacher, which runs once for each view.
+        mix: Function that erases and mixes images, seeded by the view. The labels that it returns are ignored.
         seed: The run's seed.
         passes: Batches per epoch.
-        mean: Mean of the student's normalization.
-        std: Standard deviation of the student's normalization.
-        views: Where views are kept, or None if they do not repeat.
+        mean: Mean used to normalise the student's images.
+        std: Standard deviation used to normalise the student's images.
+        views: Cache of the views, or None if they do not repeat.
         repeat: Number of epochs after which views repeat.
     """
 
@@ -233,23 +241,23 @@ class Distillation:
     ) -> None:
         self.teacher, self.mix, self.seed, self.passes = teacher, mix, seed, passes
         self.views, self.repeat = views, repeat
-        # As timm's loader computes, so that pixels from the disk become the same images to the bit.
+        # The same arithmetic as in timm's loader, so that cached pixels give bit-identical images.
         self.mean, self.std = (
             torch.tensor([255 * x for x in values], device=teacher.compute.device).view(1, 3, 1, 1)
             for values in (mean, std)
         )
         self.epoch = self.at = 0
-        self.known: Tensor | None = None  # the teacher's logits for this batch
+        self.known: Tensor | None = None  # cached teacher logits of this batch
 
     def batches(
         self, epoch: int, first: int, draw: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """Batches of an epoch, from `first` on.
+        """Yields the batches of an epoch, from `first` on.
 
         Args:
             epoch: Epoch of the run.
             first: Index of the first batch.
-            draw: Returns batches of images and labels, given an epoch and the index of its first batch.
+            draw: Function that returns batches of images and labels for an epoch and the index of its first batch.
         """
         self.epoch = epoch
         view = epoch % self.repeat if self.repeat else epoch
@@ -264,7 +272,7 @@ class Distillation:
             yield images, torch.zeros(len(images), dtype=torch.long, device=device)
 
     def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """A batch as it is learned: erased and mixed, with the teacher's logits for what came of it."""
+        """Erases and mixes a batch, and returns it with the teacher's logits for the result."""
         view = self.epoch % self.repeat if self.repeat else self.epoch
         pixels = None
         if self.views is not None and self.known is None:

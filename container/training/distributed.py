@@ -1,4 +1,4 @@
-"""One process or many: the same way to train."""
+"""Process groups, values shared by all ranks, and stop signals: the same code for one process or many."""
 
 import os
 import signal
@@ -13,19 +13,20 @@ __all__ = ["SIGNALS", "Agreement", "StopSignal", "any_of", "join_group"]
 
 SIGNALS = [
     getattr(signal, name)
-    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has two of them
+    for name in ("SIGTERM", "SIGINT", "SIGHUP", "SIGUSR1", "SIGUSR2")  # Windows has only two of these
     if hasattr(signal, name)
 ]
 
 
 def join_group(device: str) -> torch.device:
-    """Joins the processes of torchrun, srun or mpirun; a process that was started alone is a group of one.
+    """Joins the process group of torchrun, srun or mpirun.
 
-    So samplers, repeated augmentation included, need no special case for a single process. On GPUs, cuDNN searches for
-    its fastest kernels, and float32 products are computed in TF32.
+    A process that was started alone forms a group of one. Samplers, including repeated augmentation, thus need no
+    special case for a single process. On GPUs, cuDNN searches for its fastest kernels, and float32 matrix products are
+    computed in TF32.
 
     Args:
-        device: 'cpu', 'cuda' or 'cuda:N'. In a group, each process takes the GPU of its local rank.
+        device: 'cpu', 'cuda' or 'cuda:N'. In a group, each process uses the GPU of its local rank.
 
     Returns:
         This process's device.
@@ -33,7 +34,7 @@ def join_group(device: str) -> torch.device:
     Raises:
         KeyError, RuntimeError, ValueError: The launcher's environment variables do not describe a group.
     """
-    target = torch.device(device)  # before anything is joined: it may be a name of none
+    target = torch.device(device)  # first, so that an invalid name fails before the group is joined
     local, rank, world = _place()
     if target.type == "cuda":
         torch.backends.cudnn.benchmark = True
@@ -51,11 +52,11 @@ def join_group(device: str) -> torch.device:
 
 
 def _place() -> tuple[int, int, int]:
-    """Local rank, rank and number of processes, by the variables of torchrun, srun or mpirun."""
-    if "RANK" in os.environ:  # where there is no local rank, as under Kubernetes, a process has one GPU
+    """Returns local rank, rank and world size from the environment variables of torchrun, srun or mpirun."""
+    if "RANK" in os.environ:  # without a local rank, as under Kubernetes, each process has one GPU
         return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
     if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return 0, 0, 1  # a job's script itself, or a shell of salloc: srun starts the others, if anybody does
+        return 0, 0, 1  # the batch script itself, or an salloc shell: only srun would start more processes
     local, rank, world = world_info_from_env()
     if world > 1 and "MASTER_ADDR" not in os.environ:
         beside = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS"))
@@ -67,14 +68,14 @@ def _place() -> tuple[int, int, int]:
 
 
 class Agreement:
-    """Values that all processes share after a step, so that they take the same decisions.
+    """Values summed over all processes after a step, so that all make the same decisions.
 
-    The copy from the device is asynchronous, so reading it a step later does not wait.
+    The copy from the device is asynchronous, so reading it one step later does not wait.
 
     Args:
         loss: Loss of this process, a scalar.
-        norm: Norm of the gradient, a scalar.
-        scale: Scale of the loss, a scalar.
+        norm: Gradient norm, a scalar.
+        scale: Loss scale, a scalar.
         stop: Whether this process was told to stop.
     """
 
@@ -86,7 +87,10 @@ class Agreement:
         self._ready = torch.cuda.current_stream().record_event() if values.is_cuda else None
 
     def read(self) -> tuple[float, float, float, bool]:
-        """The mean loss, the norm and the scale (not finite if one is not), and whether any was told to stop."""
+        """Returns the mean loss, gradient norm and loss scale, and whether any process was told to stop.
+
+        A value that is not finite on one process is not finite in the mean.
+        """
         if self._ready is not None:
             self._ready.synchronize()
         loss, norm, scale, stops = self._values.tolist()
@@ -95,7 +99,7 @@ class Agreement:
 
 
 def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
-    """Which flags are set on any process; all processes must call it.
+    """Returns which flags are set on any process. All processes must call it.
 
     Args:
         flags: Flags of this process.
@@ -112,11 +116,12 @@ def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
 
 
 class StopSignal:
-    """Catches the signals that end jobs, so that the training loop can save and stop after its step.
+    """Context manager that catches the signals that end jobs.
 
-    They are SIGTERM (Slurm, torchrun), SIGHUP (a closed terminal), SIGUSR1 and SIGUSR2 (schedulers), and Ctrl-C. They
-    may come many times and from several senders; the first counts. A second Ctrl-C, a second later, ends the process at
-    once. Use it in a `with` statement.
+    The training loop can then save and stop after its current step. The signals are SIGTERM (Slurm, torchrun), SIGHUP
+    (a closed terminal), SIGUSR1 and SIGUSR2 (schedulers), and SIGINT (Ctrl-C). They may arrive many times and from
+    several senders; only the first counts. A second Ctrl-C, more than a second after the first, ends the process at
+    once.
     """
 
     def __init__(self) -> None:

@@ -1,4 +1,4 @@
-"""Batches of augmented training images, from anywhere in a run."""
+"""Data loaders for training and validation. Training can start from any batch of a run."""
 
 import ctypes
 import math
@@ -41,33 +41,34 @@ __all__ = [
 ]
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
-_WAIT = 0.2  # share of the time above which waiting for data is worth a word
-_MOST = 16  # workers; each has its own copy of the list of files, and batches in /dev/shm
+_WAIT = 0.2  # share of an epoch spent waiting for data, above which `advice` says so
+_MOST = 16  # workers; each has its own copy of the file list, and batches in /dev/shm
 
 
 def cores() -> int:
-    """Processor cores for this process: those it may use, divided by the number of processes on this machine.
+    """Returns the number of CPU cores for this process.
 
-    `os.cpu_count()` would also count cores that a scheduler or a container gave to others.
+    These are the cores it may use, divided by the number of processes on this machine. `os.cpu_count()` would also
+    count cores that a scheduler or a container has given to others.
     """
     count = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    with suppress(OSError, ValueError):  # no cgroup of version 2, or no limit ("max")
+    with suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
         quota, period = map(int, _CPU_MAX.read_text().split())
         count = min(count, math.ceil(quota / period))
     return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
 
 
 def default_workers() -> int:
-    """Loader workers of a process: one for each of its cores but one, from 1 to 16."""
+    """Returns the default number of data loader workers: one fewer than `cores()`, from 1 to 16."""
     return min(max(1, cores() - 1), _MOST)
 
 
 def advice(share: float, workers: int, loader: str = "pil") -> str:
-    """Advice about an epoch that waited for data, or '' if it hardly did.
+    """Returns advice for an epoch that waited for data more than 20 % of its time, or else ''.
 
     Args:
         share: Share of the epoch's time spent waiting.
-        workers: Number of this process's loader processes.
+        workers: Number of data loader workers of this process.
         loader: Value of `--loader`.
     """
     if share <= _WAIT:
@@ -86,15 +87,15 @@ def _shield(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
-    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it, should nothing else
+    signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it after 30 s if nothing else does
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
-    if sys.platform == "linux":  # it dies with the process that trains: torch's own watch waits for full queues
+    if sys.platform == "linux":  # it dies with the training process: torch's own watchdog waits for full queues
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)  # PR_SET_PDEATHSIG
 
 
 def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -> None:
-    """Refuses workers whose batches do not fit in /dev/shm, where torch would wait for ever."""
+    """Checks that the workers' batches fit in /dev/shm. If not, torch would wait for ever."""
     if workers and os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
         wanted = 2 * workers * batch_size * math.prod(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
@@ -106,12 +107,12 @@ def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -
 
 
 class _Loader(DataLoader[Any]):
-    """A DataLoader whose workers begin with signals blocked, until `_shield` is up."""
+    """DataLoader whose workers start with signals blocked, until `_shield` has run."""
 
     def __iter__(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # a new process inherits it
+        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
         try:
             return super().__iter__()
         finally:
@@ -145,23 +146,24 @@ def create_train_loader(
     device: torch.device,
     loader: str = "pil",
 ) -> PrefetchLoader:
-    """A training loader like that of `timm.data.create_loader`, but seeded by sample instead of by worker.
+    """Creates a training loader like `timm.data.create_loader`, but seeded by sample instead of by worker.
 
     Args:
-        dataset: A timm dataset, or any with a `transform`.
-        config: `input_size`, `interpolation`, `mean`, `std`.
+        dataset: timm dataset, or any dataset with a `transform`.
+        config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`.
         augmentation: Further arguments of `timm.data.create_transform`.
-        repeats: Augmented copies per image and epoch, of a part of the images; 0 for one of each image.
+        repeats: Number of augmented copies per image in an epoch, which then covers only a part of the images. 0 uses
+            each image once.
         batch_size: Images per batch of this process.
-        workers: Number of loader processes. It does not change the batches, except those of streams.
+        workers: Number of data loader workers. It does not affect the batches, except those of streamed data.
         seed: The run's seed.
-        device: Where images are moved to and normalized.
+        device: Device that images are moved to and normalised on.
         loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same augmentation; their
             pixels differ by rounding.
 
     Raises:
-        ValueError: Repeats of a stream, fewer shards than processes, or the tensor loader for data that something else
-            decodes.
+        ValueError: Repeats are set for streamed data, there are fewer shards than processes, or the tensor loader is
+            set for data that another library decodes.
     """
     if isinstance(dataset, Images):
         dataset.decode = decode if loader == "tensor" else open_rgb
@@ -182,11 +184,11 @@ def create_train_loader(
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
-        # New workers in each epoch, and never this process: they shuffle, by a seed that they have from the start.
+        # Each epoch starts new workers, at least one: they shuffle with a seed that they receive at their start.
         shards, world = len(dataset.reader.split_info.filenames), dist.get_world_size()
         if shards < world:
             raise ValueError(f"{shards} shards for {world} processes: each has to have one")
-        workers = min(max(1, workers), shards // world)  # a worker without a shard ends the run
+        workers = min(max(1, workers), shards // world)  # a worker without a shard would end the run
         dataset.set_loader_cfg(num_workers=workers)
         return _prefetch(dataset, config, batch_size, workers, device, drop_last=True)
     sampler = RepeatAugSampler(dataset, num_repeats=repeats) if repeats else DistributedSampler(dataset)
@@ -210,17 +212,17 @@ def create_val_loader(
     device: torch.device,
     persistent: bool = False,
 ) -> PrefetchLoader:
-    """A validation loader like that of `timm.data.create_loader`, in order; each process gets its share.
+    """Creates a validation loader like `timm.data.create_loader`, in order. Each process gets its share of the images.
 
     It always uses Pillow, so that accuracies are comparable with timm's.
 
     Args:
-        dataset: A timm dataset, or any with a `transform`.
-        config: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
+        dataset: timm dataset, or any dataset with a `transform`.
+        config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
         batch_size: Images per batch of this process.
-        workers: Number of loader processes.
-        device: Where images are moved to and normalized.
-        persistent: Whether the workers are kept for the next pass.
+        workers: Number of data loader workers.
+        device: Device that images are moved to and normalised on.
+        persistent: Whether to keep the workers for the next pass.
     """
     dataset.transform = create_transform(
         config["input_size"],
@@ -230,7 +232,7 @@ def create_val_loader(
         crop_mode=config["crop_mode"],
     )
     if isinstance(dataset, IterableImageDataset):
-        # timm gives all processes as many images, some of them twice; here each reads its shards to their ends.
+        # timm gives all processes the same number of images, some twice. Here each reads its shards to the end.
         reader, rank, world = dataset.reader, dist.get_rank(), dist.get_world_size()
         shards = reader.split_info.filenames[rank::world]
         if not shards:
@@ -247,8 +249,8 @@ def create_val_loader(
 
 
 def end_workers() -> None:
-    """Ends all loaders of this process at once; they shield themselves from the signals that end jobs."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch takes a dead one for a failure
+    """Kills all data loader workers of this process, since they ignore the signals that end jobs."""
+    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a dead worker as a failure
     for child in multiprocessing.active_children():
         child.kill()
         child.join()
@@ -256,11 +258,13 @@ def end_workers() -> None:
 
 
 def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
-    """Side of the images in each epoch, growing from `start` to `end` in multiples of `step`; both ends are exact.
+    """Returns the image size of each epoch, growing from `start` to `end`.
+
+    Both ends are exact. Sizes in between are rounded to multiples of `step`.
 
     Args:
-        start: Side in the first epoch, in pixels.
-        end: Side in the last epoch, or in the only one.
+        start: Image size in the first epoch, in pixels.
+        end: Image size in the last epoch.
         epochs: Number of epochs.
         step: Pixels per token in the last stage.
 
@@ -279,19 +283,19 @@ def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
 
 
 def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[Any]:
-    """The batches of an epoch, from its start or from the middle.
+    """Returns an iterator over the batches of an epoch, from its start or from the middle.
 
     Args:
-        loader: From `create_train_loader`.
+        loader: Loader from `create_train_loader`.
         seed: The run's seed.
         epoch: Index of the epoch, from 0.
-        first: Index of the first batch. Streams are read from the start to get there, with the same number of workers.
+        first: Index of the first batch. Streamed data is read from the start to get there, which needs the same number
+            of workers.
     """
     seed_everything(seed, epoch)  # torch draws the seeds of its workers from here
     if isinstance(loader.dataset, IterableImageDataset):
-        seed_everything(
-            seed, epoch, dist.get_rank(), 2
-        )  # which draw for all samples of a stream: not alike on all ranks
+        # For streamed data, these seeds cover all samples of a worker, so they must differ between ranks.
+        seed_everything(seed, epoch, dist.get_rank(), 2)
         loader.dataset.set_epoch(epoch)
         batches = iter(loader)
         for _ in range(first):

@@ -1,4 +1,4 @@
-"""The loop: an epoch of training, and an evaluation."""
+"""Training loop of an epoch, and evaluation."""
 
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
@@ -20,29 +20,29 @@ HALF = dict(bfloat16=torch.bfloat16, float16=torch.float16)
 
 
 class StoppedError(Exception):
-    """An evaluation was left before its end."""
+    """Raised when an evaluation is stopped before its end."""
 
 
 @dataclass(frozen=True)
 class Compute:
-    """How a model computes: on which device, in which type beside float32, in which memory layout."""
+    """Device, mixed-precision dtype and memory layout to compute in."""
 
     device: torch.device
     amp: str = "none"
     channels_last: bool = False
 
     def autocast(self) -> torch.autocast:
-        """The context to compute in."""
+        """Returns the autocast context to compute in."""
         return torch.autocast(self.device.type, HALF.get(self.amp, torch.bfloat16), enabled=self.amp in HALF)
 
     def layout(self, images: torch.Tensor) -> torch.Tensor:
-        """Images in the layout to compute in."""
+        """Returns the images in the memory layout to compute in."""
         return images.contiguous(memory_format=torch.channels_last) if self.channels_last else images
 
     def scaler(self) -> torch.amp.GradScaler:
-        """A scaler for the loss in float16, which also makes an optimizer skip steps whose gradient is not finite.
+        """Returns a gradient scaler, which also makes the optimizer skip steps whose gradient is not finite.
 
-        Other types have enough range, and keep a scale of 1.
+        It scales the loss in float16 only. Other dtypes have enough range, and keep a scale of 1.
         """
         return torch.amp.GradScaler(self.device.type, init_scale=2.0**16 if self.amp == "float16" else 1.0)
 
@@ -61,21 +61,21 @@ def train_one_epoch(
     clip_grad: float | None = None,
     seed: int = 0,
 ) -> None:
-    """Trains for an epoch, or for the rest of one. Nothing in it waits for the GPU.
+    """Trains for an epoch, or for the rest of one, without waiting for the GPU.
 
     Args:
         task: The model and its loss.
-        batches: Images and targets; a step takes `accum` of them.
-        optimizer: Its scaler skips a step if the gradient is not finite on some process.
-        scheduler: A timm scheduler.
-        scaler: The scaler of `compute`.
-        compute: Type and memory format.
-        prepare: Applied to a batch on the device: erasing, mixing.
-        after_step: Called with this process's mean loss in the step, the norm of the gradient before clipping (the same
-            on all processes), and the highest learning rate of a layer. It may end the epoch with an exception.
+        batches: Batches of images and targets. Each optimizer step takes `accum` of them.
+        optimizer: The optimizer. `scaler` skips its step if the gradient is not finite on any process.
+        scheduler: timm scheduler.
+        scaler: Gradient scaler from `compute.scaler()`.
+        compute: Dtype and memory layout.
+        prepare: Function applied to each batch on the device: random erasing, mixing.
+        after_step: Called after each step with this process's mean loss, the gradient norm before clipping (the same on
+            all processes), and the highest learning rate. It may end the epoch with an exception.
         steps: Indices of the optimizer steps, counted from the start of the run.
-        accum: Forward and backward passes per step.
-        clip_grad: Maximum norm of the gradient.
+        accum: Forward and backward passes per optimizer step.
+        clip_grad: Maximum gradient norm, or None for no clipping.
         seed: The run's seed. With the index of a pass and the rank, it determines all random numbers.
     """
     task.train()
@@ -112,31 +112,32 @@ def evaluate(
     classes: torch.Tensor | None = None,
     stop: Callable[[], bool] = lambda: False,
 ) -> dict[str, float]:
-    """Loss, top-1 and top-5 (in percent) over the validation data, and the number of `images` that count.
+    """Returns `loss`, `top1` and `top5` (in percent) on the validation data, and the number of `images` counted.
 
     If the task has averaged weights, they are evaluated on the same batches: `ema_loss`, `ema_top1`, `ema_top5`.
 
     Args:
         task: The model and its loss.
-        loader: Validation data. Images of class -1 do not count.
-        compute: Type and memory format.
-        real: Called with all predictions, in the order of the data.
-        classes: If the data has a subset of the model's classes: their indices, in the data's order. Accuracies are
-            then among all classes of the model, and `part_loss`, `part_top1`, `part_top5` among those of the data.
-        stop: Called now and then, on all processes at once; True ends the evaluation.
+        loader: Validation loader. Images of class -1 are not counted.
+        compute: Dtype and memory layout.
+        real: Receives the logits of all images, in the order of the data.
+        classes: Indices of the data's classes in the model, in the data's order, if the data has only some of them.
+            Accuracies are then over all classes of the model, and `part_loss`, `part_top1`, `part_top5` over those of
+            the data.
+        stop: Called every few batches, on all processes at once. True ends the evaluation.
 
     Raises:
         StoppedError: `stop` returned True.
     """
     task.eval()
-    # Every process has its own share, and DDP nothing to do.
+    # Each process evaluates its own share, so DDP is not needed.
     models: dict[str, Any] = {"": unwrap_model(task.get_eval_model())}
     if task.has_ema():
         models["ema_"] = unwrap_model(task.get_eval_model(ema=True))
     evaluators = {prefix: task.create_evaluator() for prefix in (*models, *(["part_"] if classes is not None else []))}
-    left = evaluation_sample_limit(loader)  # what comes after pads the last batch
+    left = evaluation_sample_limit(loader)  # any further images are padding of the last batch
     for i, (images, targets) in enumerate(loader):
-        if left is not None and i % 10 == 0 and stop():  # processes have as many batches, but of streams
+        if left is not None and i % 10 == 0 and stop():  # not for streams: ranks may have unequal counts
             raise StoppedError
         targets = targets[:left]
         count = targets >= 0

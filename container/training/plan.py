@@ -1,4 +1,4 @@
-"""What a run is going to cost."""
+"""Cost estimate and summary of a run before it starts."""
 
 import copy
 from typing import Any
@@ -15,28 +15,29 @@ def estimate(
     """Estimates a model's cost on torch's meta device, without computing anything.
 
     Args:
-        model: Set up as for training.
-        size: Side of the images.
-        batch_size: Images per pass.
+        model: Model, set up as for training.
+        size: Image size in pixels.
+        batch_size: Images per forward pass.
         half: Whether activations have 16 bits.
         ema: Whether averaged weights are kept.
 
     Returns:
-        `params`; `gmacs`, billions of multiply-adds per image (convolutions, linear layers, attention); `gib`, an
-        estimate of a training step's memory: weights, gradients, AdamW's two moments, averaged weights, and what
-        autograd keeps for the backward pass, without the kernels' workspace.
+        `params`, the number of parameters; `gmacs`, billions of multiply-adds per image (convolutions, linear layers,
+        attention); and `gib`, the estimated memory of a training step. It covers weights, gradients, AdamW's two
+        moments, averaged weights and the tensors that autograd saves for the backward pass, but not the kernels'
+        workspace.
     """
     model = copy.deepcopy(model).to("meta").train()
     params = sum(p.numel() for p in model.parameters())
     own = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
-    kept: dict[int, torch.Tensor] = {}  # by storage: two views of one tensor are one tensor
+    kept: dict[int, torch.Tensor] = {}  # by storage, so that two views of a tensor count once
 
     def keep(tensor: torch.Tensor) -> torch.Tensor:
         if (key := tensor.untyped_storage()._cdata) not in own:
             kept[key] = tensor
         return tensor
 
-    images = torch.empty(2, 3, size, size, device="meta")  # of two, since batch norm refuses one
+    images = torch.empty(2, 3, size, size, device="meta")  # two images, since batch norm rejects one
     with FlopCounterMode(display=False) as counter, torch.autograd.graph.saved_tensors_hooks(keep, lambda t: t):
         output = model(images)
     activations = sum(t.untyped_storage().nbytes() for t in kept.values()) / len(images) * batch_size
@@ -50,7 +51,7 @@ def estimate(
 
 
 def teaching(run: Any) -> str:
-    """A line on what is learned from a teacher alone, and what that takes; or ''."""
+    """Returns a line about distillation without labels and the disk space it needs, or '' without a teacher."""
     args = run.args
     if run.teacher is None:
         return ""
@@ -64,7 +65,7 @@ def teaching(run: Any) -> str:
 
 
 def describe(run: Any) -> str:
-    """What a `Run` is going to do, in some lines."""
+    """Returns a summary of what a `Run` will do and cost, in a few lines."""
     args, cost = run.args, run.cost
     told = [f"{part.left_out}\n" for part in (run.train_set, run.val_set) if getattr(part, "left_out", "")]
     if len(run.train_set) < 100_000 and args.epochs >= 100 and not (args.checkpoint or args.pretrained):

@@ -1,4 +1,4 @@
-"""Recipes: the settings of a run as a file."""
+"""Recipes: YAML files with the settings of a run."""
 
 import argparse
 import sys
@@ -9,26 +9,28 @@ import yaml
 
 __all__ = ["parse_with_recipe"]
 
-# What a run's `args.yaml` says of that run alone.
+# Settings in a run's `args.yaml` that apply to that run only.
 _NO_SETTINGS = ("recipe", "output", "resume", "eval", "dry_run", "device")
 
 
 def parse_with_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder: Path, name: str
 ) -> argparse.Namespace:
-    """Parses a command line on top of a recipe, whose settings are read, and checked, as flags before the user's own.
+    """Parses a command line on top of a recipe.
+
+    The recipe's settings are parsed and checked like flags that come before the user's own.
 
     Args:
         parser: The argument parser.
         argv: The user's arguments, or None for those of the process.
-        folder: Folder of `NAME.yaml`.
+        folder: Folder of the recipes, `NAME.yaml`.
         name: Name of a recipe, or a `*.yaml` file: the user's own, or a run's `args.yaml`.
 
     Returns:
-        The arguments.
+        The parsed arguments.
 
     Raises:
-        SystemExit: From argparse, if the recipe does not exist, or sets an unknown argument or a wrong value.
+        SystemExit: Raised by argparse if the recipe does not exist, or sets an unknown argument or an invalid value.
     """
     path = Path(name) if name.endswith(".yaml") else folder / f"{name}.yaml"
     if not path.is_file():

@@ -1,4 +1,4 @@
-"""What a run leaves for people and programs to read."""
+"""Reports of a run: tables, plots, TensorBoard and Weights & Biases logs, and the best weights."""
 
 import csv
 import hashlib
@@ -29,10 +29,10 @@ __all__ = ["Report", "StepLog", "describe_environment", "write_best"]
 
 
 def describe_environment(device: torch.device) -> dict[str, Any]:
-    """Command, code, versions and hardware of this process.
+    """Returns the command, code revision, versions and hardware of this process.
 
     Args:
-        device: The device that it computes on.
+        device: Device that the process computes on.
 
     Returns:
         Plain values: `command`, `git` (revision, followed by `-dirty` if files were changed; None outside a checkout),
@@ -52,12 +52,12 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
 
 
 class Report:
-    """Keeps a run's `summary.csv`, `curves.png`, `summary.json` and its TensorBoard and W&B events up to date.
+    """Writer of a run's `summary.csv`, `summary.json`, `curves.png`, and TensorBoard and W&B events.
 
     Args:
         folder: The run's folder.
-        first: First epoch to be written. TensorBoard drops later events of an interrupted run.
-        wandb: Project at Weights & Biases, or None. A resumed run is resumed there as well.
+        first: First epoch to write. TensorBoard drops events of an interrupted run from this epoch on.
+        wandb: Weights & Biases project, or None. A resumed run is resumed there as well.
         settings: The run's settings, for W&B.
 
     Raises:
@@ -81,7 +81,7 @@ class Report:
             )
 
     def write(self, history: list[dict[str, float]], summary: dict[str, Any]) -> None:
-        """Writes everything, each file whole or not at all.
+        """Updates all files and logs. The CSV and JSON files are replaced atomically.
 
         Args:
             history: One dictionary per epoch so far, with `epoch`, `train_loss`, `eval_loss`, `eval_top1`.
@@ -105,16 +105,16 @@ class Report:
             self.wandb.log({name.replace("_", "/", 1): value for name, value in history[-1].items()})
 
     def close(self) -> None:
-        """Ends the events."""
+        """Closes the TensorBoard and W&B logs."""
         self.events.close()
         if self.wandb is not None:
             self.wandb.finish()
 
 
 def write_best(folder: Path, model: torch.nn.Module, class_names: list[str] | None) -> None:
-    """Writes `model_best.safetensors`, weights alone.
+    """Writes `model_best.safetensors`, which holds only the best weights.
 
-    A file with averaged weights as well would not do, because timm would load those.
+    If it also held averaged weights, timm would load those instead.
 
     Args:
         folder: The run's folder.
@@ -124,24 +124,25 @@ def write_best(folder: Path, model: torch.nn.Module, class_names: list[str] | No
     Raises:
         OSError: The file cannot be written.
     """
-    names = dict(classes=json.dumps(class_names))  # one entry: of two, the order is of chance
+    names = dict(classes=json.dumps(class_names))  # one entry, since the order of two would be random
     weights = {key: tensor.contiguous() for key, tensor in get_state_dict(model).items()}
     write_atomically(folder / "model_best.safetensors", save(weights, metadata=names))
 
 
 class StepLog:
-    """Keeps `steps.csv` and TensorBoard's `steps`, with one line every few steps.
+    """Writer of `steps.csv` and TensorBoard's `steps`, with one line every few steps.
 
-    A line has means over these steps of `loss` and finite `grad_norm`; `images_per_second`; `data_wait`, the share of
-    time spent waiting for data; `lr` and `loss_scale` of the last step; steps `skipped` since the start of the run;
-    `memory_gib`, the peak of the GPU, or of this process on a CPU.
+    Each line has the means of the finite values of `loss` and `grad_norm` over these steps; `images_per_second`;
+    `data_wait`, the share of time spent waiting for data; `lr` and `loss_scale` of the last step; `skipped`, the number
+    of steps skipped since the start of the run; and `memory_gib`, the peak memory of the GPU, or of this process on a
+    CPU.
 
     Args:
         folder: The run's folder.
-        first: Steps done. Later lines, left by an interrupted run, are removed.
+        first: Number of steps done. Later lines, left by an interrupted run, are removed.
         images: Images per step.
         every: Steps per line.
-        wandb: A run of Weights & Biases that gets the same values.
+        wandb: Weights & Biases run that receives the same values, or None.
     """
 
     COLUMNS = ["step", "epoch", "loss", "lr", "grad_norm", "loss_scale", "skipped"]
@@ -160,8 +161,8 @@ class StepLog:
         """Adds a step, and writes a line if one is due.
 
         Args:
-            numbers: `step`, `epoch`, `loss`, `lr`, `grad_norm`, `loss_scale`, `skipped`, and for this step alone
-                `seconds`, and `wait`, the seconds spent waiting for data.
+            numbers: `step`, `epoch`, `loss`, `lr`, `grad_norm`, `loss_scale`, `skipped`, and for this step alone its
+                duration in `seconds`, and `wait`, the seconds spent waiting for data.
 
         Raises:
             OSError: The line cannot be written.
@@ -196,7 +197,7 @@ def _events(folder: Path, first: int) -> Any:
 
 
 def _peak_memory() -> int:
-    """Bytes."""
+    """Returns the peak memory in bytes, of the GPU or else of this process."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
@@ -216,7 +217,7 @@ def _git() -> str | None:
         return subprocess.run(["git", *command], cwd=folder, capture_output=True, text=True, check=True).stdout.strip()
 
     try:
-        git("ls-files", "--error-unmatch", "__init__.py")  # else it is another project's repository
+        git("ls-files", "--error-unmatch", "__init__.py")  # fails in another project's repository
         return git("describe", "--always", "--dirty", "--abbrev=40", "--exclude=*")
     except (OSError, subprocess.CalledProcessError):
         return None

@@ -1,4 +1,4 @@
-"""A training run."""
+"""Training run: setup, training, checkpoints, evaluation and reports."""
 
 import argparse
 import math
@@ -40,22 +40,22 @@ from .report import Report, StepLog, describe_environment, write_best
 
 __all__ = ["Run", "tell_unreadable"]
 
-# What may differ between a run and its continuation; the images of a step may be divided anew between processes.
+# Settings that may change when a run is resumed. The images of a step may be divided differently between processes.
 FREE = {"output", "resume", "recipe", "save_steps", "save_minutes", "log_steps", "wandb", "device", "workers"}
 FREE |= {"data_dir", "batch_size", "grad_accum"}
-FREE |= {"checkpoint", "pretrained", "teacher_checkpoint", "view_dir"}  # where the beginning was
-FREE |= {"compile", "channels_last", "grad_checkpointing"}  # how the same is computed
+FREE |= {"checkpoint", "pretrained", "teacher_checkpoint", "view_dir"}  # where the run started from
+FREE |= {"compile", "channels_last", "grad_checkpointing"}  # other ways to compute the same
 FREE |= {"eval", "dry_run", "real_labels"}
-BAD_STEPS = 20  # in a row, without a finite gradient, end a run
-FUSED = ("adam", "adamw", "sgd")  # optimizers of torch that leave out a step without asking the GPU
+BAD_STEPS = 20  # consecutive steps without a finite gradient that end a run
+FUSED = ("adam", "adamw", "sgd")  # torch optimizers whose fused version skips a step without waiting for the GPU
 
 
 class _Stages(torch.nn.Module):
-    """A model whose layers, for timm's decay of the learning rate over layers, are its stages."""
+    """Wrapper that presents a model's stages as its layers to timm's layer-wise learning rate decay."""
 
     def __init__(self, model: Any) -> None:
         super().__init__()
-        self.model = [model]  # not a part of this one: its parameters keep their names
+        self.model = [model]  # in a list, so not a submodule: its parameters keep their names
 
     def group_matcher(self, coarse: bool) -> dict[str, Any]:
         return self.model[0].group_matcher(coarse=True)
@@ -65,12 +65,12 @@ class _Stages(torch.nn.Module):
 
 
 def groups_by_stage(model: Any, weight_decay: float, layer_decay: float) -> list[dict[str, Any]]:
-    """Parameter groups whose learning rate falls by a factor per stage from the head down.
+    """Returns parameter groups whose learning rate falls by a factor per stage, from the head down to the stem.
 
     Args:
-        model: A timm model.
-        weight_decay: For parameters of two dimensions or more that the model does not exempt.
-        layer_decay: The factor.
+        model: timm model.
+        weight_decay: Weight decay of parameters with two or more dimensions that the model does not exempt.
+        layer_decay: Factor per stage.
 
     Raises:
         ValueError: The model does not define its stages (`group_matcher`).
@@ -82,13 +82,13 @@ def groups_by_stage(model: Any, weight_decay: float, layer_decay: float) -> list
 
 
 def tell_unreadable(dataset: Any, fate: str) -> None:
-    """Names the images of this process's share that newly turned out to be damaged."""
+    """Reports on stderr the images that this process has newly found unreadable."""
     for name in dataset.new_unreadable() if isinstance(dataset, Images) else []:
         tqdm.write(f"cannot be read, and {fate}: {name}", file=sys.stderr)
 
 
 class Run:
-    """A training run: its parts, its progress, and its files.
+    """Training run with its model, data, progress and files.
 
     The loop itself is `train_one_epoch`.
 
@@ -98,7 +98,7 @@ class Run:
         task: The model with its loss, compiled and distributed.
         train_set: Training images.
         val_set: Validation images.
-        teacher: Its logits are learned instead of labels, if given.
+        teacher: Teacher whose logits are learned instead of labels, or None.
 
     Raises:
         RuntimeError, ValueError: Data, model and settings do not fit together.
@@ -121,13 +121,13 @@ class Run:
         self.sizes = growing(args.start_size or self.size, self.size, args.epochs, pixels_per_token(model))
         if args.start_size is not None and model.pretrained_cfg.get("fixed_input_size"):
             raise ValueError(f"{args.model} is tied to one image size: images cannot grow from --start-size")
-        self.processes = max(self.world, args.dry_run)  # a plan may be for more than there are
-        self.images = args.batch_size * args.grad_accum * self.processes  # of a step
+        self.processes = max(self.world, args.dry_run)  # a dry run may plan for more processes than there are
+        self.images = args.batch_size * args.grad_accum * self.processes  # per optimizer step
         self.loader, self.loader_size = self.train_loader(self.sizes[0]), self.sizes[0]
         self.val_loader = create_val_loader(
             val_set, self.config, args.batch_size, args.workers, task.device, persistent=True
         )
-        self.steps = len(self.loader) * self.world // (self.processes * args.grad_accum)  # of an epoch
+        self.steps = len(self.loader) * self.world // (self.processes * args.grad_accum)  # per epoch
         if self.steps == 0:
             raise ValueError(f"a step takes {self.images} images, and there are {len(train_set)} to train on")
         self.lr, self.warmup_epochs = args.lr_base * self.images / 512, min(args.warmup_epochs, args.epochs - 1)
@@ -163,14 +163,14 @@ class Run:
         self.distillation: Distillation | None = None
         self.progress = Progress()
         self.signal = StopSignal()
-        self.stopped = False  # whether a process was told to stop, as far as all know
-        self.pending: tuple[Agreement, dict[str, float]] | None = None  # of the last step, not read yet
+        self.stopped = False  # whether any process was told to stop, as agreed by all
+        self.pending: tuple[Agreement, dict[str, float]] | None = None  # values of the last step, not read yet
         self.since = self.saved = time.perf_counter()
-        self.waited = 0.0  # seconds of this step, for data
+        self.waited = 0.0  # seconds that this step waited for data
         self.bar = tqdm(disable=True)
         self.output = Path(args.output)
         self.checkpoints = Checkpoints(self.output)
-        self.report: Report | None = None  # rank 0 alone writes: these two, and the folder's lock
+        self.report: Report | None = None  # only rank 0 writes: it has these two and the lock
         self.log: StepLog | None = None
         self.lock: Any = None
         self.environment: dict[str, Any] = {}
@@ -186,7 +186,7 @@ class Run:
             self.fixed["teacher_weights"] = teacher.digest()
 
     def train_loader(self, size: int) -> PrefetchLoader:
-        """Training images of a size."""
+        """Creates the training loader for an image size."""
         args = self.args
         interpolation = dict(interpolation=args.train_interpolation) if args.train_interpolation else {}
         return create_train_loader(
@@ -209,7 +209,7 @@ class Run:
 
         Raises:
             OSError: The folder cannot be written.
-            ValueError: The run in it has other settings.
+            ValueError: The run in the folder has other settings, is still in progress, or has only damaged checkpoints.
         """
         args = self.args
         saved: list[Any] = [None]
@@ -230,7 +230,7 @@ class Run:
             fixed = state["fixed"]
             check_classes(f"the run in {args.output}", fixed.get("class_names"), self.fixed["class_names"])
             for key, value in self.fixed.items():
-                if fixed.get(key, value) != value:  # a later version may know more settings
+                if fixed.get(key, value) != value:  # a later version may have more settings
                     if args.resume != "force":
                         raise ValueError(f"{args.output} was begun with {key} {fixed[key]}, not {value}")
                     self.forced[key] = [fixed[key], value]
@@ -239,7 +239,7 @@ class Run:
                 if not (self.forced and key == "scheduler"):
                     part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
-            if self.forced:  # torch's states bring their settings along; here those of this call count
+            if self.forced:  # loaded optimizer states override the settings: restore those of this call
                 for group, own in zip(self.optimizer.param_groups, options, strict=True):
                     group.update(own)
                 self.scheduler.step(max(0, self.progress.epoch - args.sched_lag))
@@ -252,13 +252,13 @@ class Run:
             self.log = StepLog(self.output, self.done, self.images, args.log_steps, self.report.wandb)
             self.environment = describe_environment(self.task.device)
             write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(args)).encode())
-            # With the weights it is what timm's `local-dir:` reads.
+            # Together with the weights, this is what timm's `local-dir:` reads.
             names = dict(label_names=names) if (names := self.fixed["class_names"]) else {}
             save_config_for_hf(self.model, str(self.output / "config.json"), names, None, self.config)
         return state is not None
 
     def begin_distillation(self, teacher: Teacher) -> Distillation:
-        """Opens the views that repeat, and lets the teacher say what is in photos to validate on."""
+        """Opens the cache of repeated views, and has the teacher label validation photos that have no labels."""
         args, config = self.args, self.config
         passes, views, kept = self.steps * args.grad_accum, None, None
         if args.view_epochs:
@@ -284,22 +284,22 @@ class Run:
 
     @property
     def done(self) -> int:
-        """Optimizer steps since the start of the run."""
+        """Number of optimizer steps since the start of the run."""
         return self.progress.epoch * self.steps + self.progress.step
 
     def train(self) -> float:
-        """Trains to the end, or until a signal.
+        """Trains to the last epoch, or until a signal asks to stop.
 
         Returns:
             Validation top-1 of the last epoch, in percent.
 
         Raises:
-            FloatingPointError: Gradients were not finite many times in a row, or weights are not finite.
+            FloatingPointError: The loss or weights are not finite, or gradients were not finite many times in a row.
             OSError: The disk is full.
             SystemExit: A process was told to stop; the state is saved (`leave`).
         """
         args = self.args
-        self.write_report()  # the interruption may have come before it
+        self.write_report()  # the run may have been interrupted before the last report
         self.bar = tqdm(
             total=args.epochs * self.steps * self.images,
             initial=self.done * self.images,
@@ -326,7 +326,7 @@ class Run:
         return self.progress.history[-1]["eval_top1"]
 
     def train_epoch(self) -> None:
-        """The steps of an epoch that are left; saved before the evaluation, which may fail."""
+        """Trains the remaining steps of the epoch, and saves before the evaluation, which may fail."""
         args, progress = self.args, self.progress
         if (size := self.sizes[progress.epoch]) != self.loader_size:
             self.loader, self.loader_size = self.train_loader(size), size
@@ -349,7 +349,7 @@ class Run:
         )
         self.heed()
         self.scheduler.step(progress.epoch + 1 - args.sched_lag)
-        if self.world > 1:  # each process has normed by its own images
+        if self.world > 1:  # each process has batch norm statistics of its own images
             distribute_bn(self.model, self.world, reduce=True)
             if self.task.has_ema():
                 distribute_bn(self.parts["state_dict_ema"], self.world, reduce=False)
@@ -358,7 +358,7 @@ class Run:
         self.save()
 
     def batches(self) -> Iterator[tuple[torch.Tensor, torch.Tensor]]:
-        """The batches of this epoch that are left; how long each is waited for is noted."""
+        """Yields the remaining batches of this epoch, and records the time spent waiting for each."""
         progress = self.progress
         first = progress.step * self.args.grad_accum
         draw = partial(epoch_batches, self.loader, self.args.seed)
@@ -371,16 +371,18 @@ class Run:
             yield batch
 
     def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Erases and mixes; of a teacher alone, also asks it."""
+        """Applies random erasing and mixing. In distillation without labels, also gets the teacher's logits."""
         return self.distillation.prepare(images, targets) if self.distillation else self.mix(images, targets)
 
     def mix(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
-        """Erases, then mixes."""
+        """Applies random erasing, then Mixup or CutMix."""
         images = self.erase(images)
         return self.mixup(images, targets) if self.mixup else (images, targets)
 
     def after_step(self, loss: torch.Tensor, norm: torch.Tensor, lr: float) -> None:
-        """Does what is due after a step. All processes act on a step's values one step later, when they have arrived.
+        """Updates the progress after a step, and saves or stops if that is due.
+
+        All processes act on a step's values one step later, when they have arrived.
 
         Raises:
             FloatingPointError: See `heed`.
@@ -396,7 +398,7 @@ class Run:
         self.pending = Agreement(loss, norm, scale, self.signal.received is not None), row
         self.bar.set_postfix(
             epoch=progress.epoch + 1,
-            loss=f"{progress.loss / max(1, progress.step - 1):.3f}",  # of the steps before
+            loss=f"{progress.loss / max(1, progress.step - 1):.3f}",  # mean of the steps before
             data_wait=f"{100 * progress.wait / progress.seconds:.0f}%",
             refresh=False,
         )
@@ -410,7 +412,7 @@ class Run:
                 self.save()
 
     def heed(self) -> None:
-        """Reads the values of the last step, unless they were read before.
+        """Reads and checks the values of the last step, unless this was done before.
 
         Raises:
             FloatingPointError: The loss is not finite, or too many gradients in a row were not.
@@ -422,12 +424,12 @@ class Run:
         loss, norm, scale, stop = agreement.read()
         self.stopped = self.stopped or stop
         where = f"epoch {row['epoch'] + 1:.0f}, step {row['step'] - row['epoch'] * self.steps:.0f}"
-        if not math.isfinite(loss):  # its gradient is not either: the weights are those before it
+        if not math.isfinite(loss):  # neither is the gradient, so the step was skipped
             raise FloatingPointError(f"loss is {loss} in {where}, at lr {row['lr']:.2e}")
         progress.loss += loss
         if math.isfinite(norm):
             progress.bad = 0
-        else:  # the optimizer has left the weights as they are, on all processes
+        else:  # the optimizer has skipped the step on all processes
             progress.bad, progress.skipped = progress.bad + 1, progress.skipped + 1
             if progress.bad == BAD_STEPS:
                 raise FloatingPointError(f"{BAD_STEPS} steps in a row had a gradient that is not finite, up to {where}")
@@ -435,17 +437,17 @@ class Run:
             self.log.add(**row, loss=loss, grad_norm=norm, loss_scale=scale, skipped=progress.skipped)
 
     def told(self) -> bool:
-        """Whether any process was told to stop; all processes must call it."""
+        """Returns whether any process was told to stop. All processes must call it."""
         return bool(any_of(torch.tensor(self.signal.received is not None), self.task.device))
 
     def save(self, wait: bool = False) -> None:
-        """Writes a checkpoint of the current step in a thread.
+        """Writes a checkpoint of the current step in a background thread.
 
         Args:
             wait: Whether all processes wait until it is on disk.
 
         Raises:
-            FloatingPointError: Weights are not finite.
+            FloatingPointError: Weights are not finite, or see `heed`.
             OSError: The disk is full. An error in the thread is raised by the next call.
         """
         self.heed()
@@ -463,13 +465,13 @@ class Run:
                 if self.stopped:
                     (self.output / "stopped").touch()
         if wait:
-            dist.barrier()  # a process that left now would have torchrun end the one that writes
+            dist.barrier()  # if a process exited now, torchrun would end the one that writes
 
     def leave(self) -> NoReturn:
-        """Saves, and ends the process as the signal asked.
+        """Saves a checkpoint, and ends the process as the signal asked.
 
         Raises:
-            SystemExit: With 128 plus the signal's number, as in a shell.
+            SystemExit: Always, with exit status 128 plus the signal's number, as in a shell.
         """
         self.stopped = True
         self.save(wait=True)
@@ -479,10 +481,12 @@ class Run:
         raise SystemExit(128 + (self.signal.received or signal.SIGTERM))
 
     def finish_epoch(self) -> str:
-        """Evaluates, keeps the best weights, and writes the report. The epoch's checkpoint has been saved before.
+        """Evaluates, writes the weights if they are the best so far, and writes the report.
+
+        The epoch's checkpoint has been saved before. After the last epoch, another one is saved.
 
         Returns:
-            A line with the result.
+            A line with the result, and advice if the epoch waited long for data.
 
         Raises:
             StoppedError: A process was told to stop.
@@ -490,7 +494,7 @@ class Run:
         args, progress, start = self.args, self.progress, time.perf_counter()
         metrics = evaluate(self.task, self.val_loader, self.compute, stop=self.told)
         tell_unreadable(self.val_set, "does not count")
-        for data in (self.train_set, self.val_set):  # a process reads a part, and the limit is for the whole
+        for data in (self.train_set, self.val_set):  # a process reads a share, but the limit is for the whole
             if isinstance(data, Images):
                 data.check_unreadable(any_of(data.unreadable, self.task.device))
         row = dict(
@@ -519,12 +523,12 @@ class Run:
         self.write_report()
         line = f"epoch {progress.epoch + 1:3d}: loss {row['train_loss']:.3f}, validation {metrics['top1']:.2f} % top-1"
         line += f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else ""
-        # In a short epoch it is the loaders' start.
+        # In a short epoch, most of the wait is for the workers to start.
         slow = advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
         return f"{line}\n{slow}" if slow else line
 
     def write_report(self) -> None:
-        """What is known of the run after its last whole epoch."""
+        """Writes the report of the run up to its last completed epoch."""
         progress = self.progress
         if self.report is None or not progress.history:
             return
@@ -544,8 +548,8 @@ class Run:
         self.report.write(progress.history, summary)
 
     def close(self) -> None:
-        """Ends what would outlive the run: a checkpoint's thread, loaders, and the hold on its folder."""
-        with suppress(OSError):  # it was raised where it could be told
+        """Ends what would outlive the run: the checkpoint thread, data loader workers, logs, and the folder's lock."""
+        with suppress(OSError):  # it was already raised where it could be reported
             self.checkpoints.finish()
         end_workers()
         if self.report is not None:

@@ -1,4 +1,4 @@
-"""The way from a file to a training image with less of Pillow in it: torchvision decodes and crops."""
+"""Faster training transform: torchvision instead of Pillow decodes and crops the images."""
 
 import io
 from functools import partial
@@ -19,38 +19,38 @@ from .data import mend_posterize, operations
 
 __all__ = ["decode", "tensor_transform"]
 
-_ORIENTATION = 0x0112  # in EXIF
+_ORIENTATION = 0x0112  # EXIF tag
 
 
 def decode(file: BinaryIO) -> torch.Tensor:
     """Decodes an image like `container.images.to_rgb`, to (3, height, width), uint8, channels last in memory.
 
-    torchvision decodes JPEG in colour or grey. Pillow decodes everything else: JPEG that torchvision would show
+    torchvision decodes JPEG in colour or grey. Pillow decodes everything else: JPEG that torchvision would decode
     differently (EXIF orientation, CMYK), other formats, and damaged files, for its error message.
 
     Args:
-        file: A file open for reading.
+        file: File open for reading.
 
     Raises:
-        Exception: From Pillow or `to_rgb`, for a file that they cannot read.
+        Exception: Raised by Pillow or `to_rgb` for a file that cannot be read.
     """
     content = file.read()
-    image = Image.open(io.BytesIO(content))  # reads the head
+    image = Image.open(io.BytesIO(content))  # reads only the header
     check_shape(image)
     upright = image.getexif().get(_ORIENTATION, 1) == 1
     if image.format == "JPEG" and image.mode in ("RGB", "L") and upright:
         try:
             return torchvision.io.decode_jpeg(torch.frombuffer(bytearray(content), dtype=torch.uint8), mode="RGB")
         except RuntimeError:
-            pass  # damaged
+            pass  # damaged: left to Pillow
     return torch.from_numpy(np.array(to_rgb(image))).permute(2, 0, 1)
 
 
 class _Crop:
-    """Crops a tensor to a box drawn by timm, and resizes it.
+    """Random resized crop of a tensor, with the box drawn by timm.
 
     Args:
-        crop: timm's transform, with its ranges of area and ratio, and its interpolation.
+        crop: timm's transform, which has the output size, the ranges of area and aspect ratio, and the interpolation.
     """
 
     def __init__(self, crop: RandomResizedCropAndInterpolation) -> None:
@@ -58,7 +58,7 @@ class _Crop:
 
     def __call__(self, image: torch.Tensor) -> torch.Tensor:
         top, left, height, width = self.crop.get_params(image, self.crop.scale, self.crop.ratio)
-        # Without the copy torch does not see channels last, and takes twice as long, and Pillow after it 3 times.
+        # Without the copy, torch does not detect channels last and takes twice as long, and Pillow afterwards 3 times.
         part = image.permute(1, 2, 0)[top : top + height, left : left + width].contiguous().permute(2, 0, 1)
         return resize(part, list(self.crop.size), interpolation=self.crop.interpolation, antialias=True)
 
@@ -68,20 +68,23 @@ def _to_pillow(image: torch.Tensor) -> Image.Image:
 
 
 def _to_tensor(image: Image.Image) -> torch.Tensor:
-    """(3, height, width), in lines of one colour: they are copied into a batch faster than single pixels."""
+    """Converts an image to (3, height, width), in memory line by line with one colour after the other.
+
+    Lines of one colour are copied into a batch faster than interleaved pixels.
+    """
     lines = torch.frombuffer(bytearray(image.tobytes("raw", "RGB;L")), dtype=torch.uint8)
     return lines.view(image.height, 3, image.width).transpose(0, 1)
 
 
 def tensor_transform(config: dict[str, Any], augmentation: dict[str, Any]) -> Compose:
-    """timm's training transform for images of `decode`: the same random numbers, the same policy.
+    """Creates timm's training transform for images from `decode`, with the same random numbers and policy.
 
     Args:
         config: `input_size`, `interpolation`.
         augmentation: Further arguments of `timm.data.create_transform`.
 
     Raises:
-        ValueError: The interpolation is not bilinear or bicubic, or torchvision was built without its decoder.
+        ValueError: The interpolation is not bilinear or bicubic, or torchvision was built without its JPEG decoder.
     """
     if not hasattr(torchvision.io, "decode_jpeg"):
         raise ValueError(f"torchvision {torchvision.__version__} decodes no JPEG: --loader pil")
@@ -108,10 +111,10 @@ _MOVES = ("ShearX", "ShearY", "TranslateX", "TranslateY", "TranslateXRel", "Tran
 
 
 def _move(image: Image.Image, amount: float, fillcolor: Any, resample: Any, name: str, op: Any) -> Image.Image:
-    """timm's shear or translation, twice as fast if bicubic.
+    """Applies timm's shear or translation, twice as fast if bicubic.
 
-    Pillow weighs 16 pixels for each pixel, even if rows or columns alone move, for which 4 are enough. These four
-    operations of 15 took more than half of the time of RandAugment m9-mstd0.5-inc1.
+    Pillow weights 16 input pixels for each output pixel, although 4 are enough if only rows or only columns move.
+    These 4 of the 15 operations took more than half of the time of RandAugment m9-mstd0.5-inc1.
     """
     if resample != Image.Resampling.BICUBIC:
         return op(image, amount, fillcolor=fillcolor, resample=resample)
@@ -126,14 +129,14 @@ def _move(image: Image.Image, amount: float, fillcolor: Any, resample: Any, name
 
 
 def _move_rows(image: Image.Image, shift: np.ndarray, fill: tuple[int, int, int]) -> Image.Image:
-    """Moves each row to the left, bicubically like Pillow's `transform` (whose free parameter is -1).
+    """Shifts each row to the left, with bicubic interpolation like Pillow's `transform` (parameter a = -1).
 
-    Less than one value in 300 differs from Pillow's, by 1.
+    Fewer than one value in 300 differ from Pillow's, by 1.
 
     Args:
-        image: An RGB image.
-        shift: Pixels to move each row by, (height,).
-        fill: Colour of what comes in from outside.
+        image: RGB image.
+        shift: (height,), pixels to shift each row by.
+        fill: Colour of pixels from outside the image.
     """
     width, height = image.size
     whole = np.floor(shift)
@@ -146,9 +149,9 @@ def _move_rows(image: Image.Image, shift: np.ndarray, fill: tuple[int, int, int]
     moved = taps[:, : 4 * width] * weights[0]
     for i in (1, 2, 3):
         moved.addcmul_(taps[:, 4 * i : 4 * (i + width)], weights[i])
-    # Pillow cuts off what follows the point: sums that are whole numbers but for rounding must not fall below them.
+    # Pillow truncates: sums that are whole numbers up to rounding error must not fall below them.
     result = moved.add_(1e-4).clamp_(0, 255).numpy().astype(np.uint8).view(np.uint32)
-    first = np.ceil(-0.5 - shift).astype(np.int32)[:, None]  # column whose centre is inside the image
+    first = np.ceil(-0.5 - shift).astype(np.int32)[:, None]  # first column with its centre inside the image
     column = np.arange(width, dtype=np.int32)
     np.copyto(result, np.frombuffer(bytes((*fill, 255)), np.uint32), where=(column < first) | (column >= first + width))
     return Image.frombytes("RGB", image.size, result, "raw", "RGBX")

@@ -1,4 +1,4 @@
-"""`container explore` as a Space of Hugging Face."""
+"""`container explore` as a Hugging Face Space."""
 
 import os
 
