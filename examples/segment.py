@@ -12,6 +12,7 @@ Needs `pip install -e ".[downstream]"`. Results: docs/results.md.
 
 import argparse
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -140,10 +141,10 @@ def parse_args() -> argparse.Namespace:
 def evaluate(model: Segmenter, images: Masks, device: str) -> list[float]:
     """Returns the intersection over union of each class over all pixels, in percent.
 
-    torchmetrics gives 0 for a class that is neither in the masks nor predicted.
+    A class that is neither in the masks nor predicted has none: NaN, which the mean leaves out.
     """
     model.eval()
-    metric = MulticlassJaccardIndex(images.classes, average="none", ignore_index=IGNORED)
+    metric = MulticlassJaccardIndex(images.classes, average="none", ignore_index=IGNORED, zero_division=math.nan)
     for i in range(len(images)):
         image, target = images[i]
         metric.update(model([image.to(device)])[0].cpu()[None], target["mask"][None])
@@ -182,7 +183,8 @@ def main() -> None:
     miou = float(np.nanmean(by_class))
     output = Path(args.output)
     output.mkdir(parents=True, exist_ok=True)
-    result = dict(miou=miou, by_class=by_class, args=vars(args))
+    known = [None if math.isnan(value) else value for value in by_class]  # JSON has no NaN
+    result = dict(miou=miou, by_class=known, args=vars(args))
     (output / "result.json").write_text(json.dumps(result, indent=2) + "\n")
     torch.save(model.network.state_dict(), output / "model.pth")
     draw(model, held_out, args.device, output / "segmented.png", min(3, len(held_out)))

@@ -1,6 +1,7 @@
 """The examples run, on a handful of made-up images; what they give on real ones is in docs/results.md."""
 
 import json
+import math
 import os
 import subprocess
 import sys
@@ -125,6 +126,20 @@ def test_segmentation(decoder, nuclei, tmp_path):
     assert f"mean IoU {result['miou']:.1f} %" in printed and result["miou"] == np.mean(result["by_class"]) > 60
     with Image.open(tmp_path / "segmented" / "segmented.png") as picture:
         assert picture.size == (3 * 264 + 8, 2 * 264 + 8)
+
+
+def test_a_class_that_is_nowhere_has_no_iou(nuclei, monkeypatch):
+    """NaN, which the mean leaves out; a class that is predicted where it is not has 0."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    from segment import Masks, evaluate
+
+    class Always(torch.nn.Module):
+        def forward(self, images):
+            return [torch.ones(image.shape[1:], dtype=torch.long) for image in images]
+
+    iou = evaluate(Always(), Masks(nuclei / "val", "instances", 3, True), "cpu")
+    assert iou[:2] == pytest.approx([0, 100 * 1080 / (64 * 80)]) and math.isnan(iou[2])
 
 
 def test_masks_are_classes_and_what_does_not_fit_is_one_line(nuclei, monkeypatch):
