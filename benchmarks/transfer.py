@@ -69,7 +69,8 @@ def jobs(data: Path, folder: Path, device: str, rehearse: bool = False) -> Itera
         model = start if weights is None else start.partition(".")[0]
         to = folder / f"{name}-{start}-{seed}"
         words = ["--data-dir", data / name, "--model", model, *(weights or published), "--seed", seed, "--output", to]
-        size = ["--epochs", 1, "--img-size", 32] if rehearse else ["--img-size", 128, *more]
+        own = 64 if name == "cifar10" else 128  # CIFAR-10's images have 32 pixels
+        size = ["--epochs", 1, "--img-size", 32] if rehearse else ["--img-size", own, *more]
         command = python("train_imagenet.py", "--recipe", "transfer", *words, *size)
         return Job(to.name, command, to / "summary.json")
 

@@ -114,6 +114,14 @@ def _in_order(names: Iterable[str]) -> list[str]:
     return sorted(set(names), key=lambda name: (natural_key(name), name))
 
 
+def _packed(paths: Iterable[str]) -> np.ndarray:
+    """Packs paths into one array of bytes, which forked workers share.
+
+    A list takes three times the memory, and again in every worker: reading an element writes its reference count.
+    """
+    return np.array([os.fsencode(path) for path in paths])
+
+
 class ClassFolders(Reader):
     """Reader for images in class folders, at any depth, as in torchvision's ImageFolder.
 
@@ -153,17 +161,18 @@ class ClassFolders(Reader):
             raise ValueError(f"{len(empty)} class folders without images {named}, among them {root / empty[0]}")
         self.class_to_idx = {name: i for i, name in enumerate(_in_order(found))}
         pairs = [(path, self.class_to_idx[name]) for name, images in found.items() for path in images]
-        self.samples = sorted(pairs, key=lambda pair: (natural_key(pair[0]), pair[0]))
+        pairs.sort(key=lambda pair: (natural_key(pair[0]), pair[0]))
+        self.paths = _packed(path for path, _ in pairs)
+        self.targets = np.array([target for _, target in pairs])
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        path, target = self.samples[index]
-        return open(path, "rb"), target
+        return open(self._filename(index, absolute=True), "rb"), int(self.targets[index])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        path = self.samples[index][0]
+        path = os.fsdecode(self.paths[index])
         return os.path.basename(path) if basename else path if absolute else os.path.relpath(path, self.root)
 
 
@@ -185,7 +194,8 @@ class Photos(Reader):
         super().__init__()
         self.roots, suffixes = roots, get_img_extensions(as_set=True)
         self.left_out: Counter[str] = Counter()  # number of unused files by suffix
-        self.samples: list[tuple[str, str]] = []  # root, and path relative to it
+        paths: list[str] = []  # relative to their roots
+        counts = []
         for root in roots:
             found = []
             for place, folders, files in os.walk(root, onerror=_raise):
@@ -197,19 +207,21 @@ class Photos(Reader):
                         found.append(os.path.relpath(os.path.join(place, file), root))
             if not found:
                 raise ValueError(f"no images in {root}{f' but {exclude}' if exclude else ''}")
-            self.samples += [(str(root), path) for path in sorted(found)]
+            paths += sorted(found)
+            counts.append(len(found))
+        self.paths, self.root_of = _packed(paths), np.repeat(range(len(roots)), counts)
         self.left_out += Counter()  # drops entries with a count of 0
         self.targets = np.zeros(len(self), dtype=np.int64)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
-        return open(os.path.join(*self.samples[index]), "rb"), int(self.targets[index])
+        return open(self._filename(index, absolute=True), "rb"), int(self.targets[index])
 
     def __len__(self) -> int:
-        return len(self.samples)
+        return len(self.paths)
 
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
-        root, path = self.samples[index]
-        return os.path.basename(path) if basename else os.path.join(root, path) if absolute else path
+        path = os.fsdecode(self.paths[index])
+        return os.path.basename(path) if basename else str(self.roots[self.root_of[index]] / path) if absolute else path
 
 
 def _raise(error: OSError) -> None:
@@ -331,7 +343,7 @@ class Images(ImageDataset):
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that identify these images by their names and order."""
-        return hashlib.sha256("\n".join(self.filenames()).encode()).hexdigest()[:16]
+        return hashlib.sha256(os.fsencode("\n".join(self.filenames()))).hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
         """Checks that not too many images are unreadable.

@@ -19,7 +19,7 @@ from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transfor
 from torchvision.datasets import CIFAR10
 
 from container.training import Digits, Images, check_classes, create_datasets, open_validation
-from container.training.data import mend_posterize
+from container.training.data import ClassFolders, Photos, mend_posterize
 
 # timm's tar reader and Hugging Face's cache leave closing their files to the garbage collector.
 LEFT_OPEN = pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
@@ -295,6 +295,24 @@ def test_no_index_of_a_large_archive_outlives_it(tmp_path):
         assert images.filenames() == ["cat/0.png", "cat/1.png", "dog/0.png", "dog/1.png"]
         assert [images[i][1] for i in range(4)] == [0, 0, 1, 1] and not images.unreadable.any()
     assert sorted(path.name for path in tmp_path.iterdir()) == ["cat", "dog", "train.tar"]
+
+
+@pytest.mark.parametrize("kind", ["classes", "photos"])
+def test_paths_are_kept_as_bytes_whatever_their_letters(kind, tmp_path):
+    """In one array, which workers share. Names need not be UTF-8, and their lengths differ."""
+    names = ["a/1.png", "a/ünï.png", os.fsdecode(b"b/\xff.png"), f"b/{'long' * 20}.png"]
+    for shade, name in enumerate(names):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.new("L", (4, 4), shade).save(tmp_path / name)
+    reader = ClassFolders(tmp_path) if kind == "classes" else Photos([tmp_path])
+    assert reader.paths.dtype.kind == "S" and len(reader) == 4
+    assert sorted(reader.filenames()) == sorted(names) and Images(None, reader).digest()
+    for index, name in enumerate(reader.filenames()):
+        assert reader.filenames(absolute=True)[index] == str(tmp_path / name)
+        file, target = reader[index]
+        with file:
+            assert Image.open(file).getpixel((0, 0)) == names.index(name)
+        assert target == (name.startswith("b") if kind == "classes" else 0)
 
 
 def test_other_suffixes_are_counted(folder):

@@ -73,7 +73,7 @@ def test_photos_are_all_images_below_the_folders_in_one_order(tmp_path):
     (tmp_path / "two").mkdir()
     Image.new("RGB", (4, 4)).save(tmp_path / "two" / "y.jpg")
     photos = Photos([tmp_path / "two", tmp_path / "one"], "out_*")
-    assert [path for _, path in photos.samples] == ["y.jpg", "a/deep/x.jpeg", "b/1.png", "b/2.jpg", "top.jpg"]
+    assert photos.filenames() == ["y.jpg", "a/deep/x.jpeg", "b/1.png", "b/2.jpg", "top.jpg"]
     assert Images(None, photos).left_out == f"1 files with other suffixes (.txt) in {tmp_path / 'two'}, " + (
         f"{tmp_path / 'one'} are not used"
     )
