@@ -36,13 +36,17 @@ def table(markdown: bool = False) -> str:
         model = timm.create_model(architecture, pretrained_cfg=tag, device="meta").eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *size, device="meta"))
+        trained = _summary(weights.manifest().get(f"{architecture}.{tag}"), markdown)
+        for name, record in weights.manifest().items():
+            if name != f"{architecture}.{tag}" and record["architecture"] == architecture:
+                trained += f"; also `{record['tag']}`" if markdown else f"; also {record['tag']}"
         rows.append(
             (
                 f"`{architecture}`" if markdown else architecture,
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
                 f"{counter.get_total_flops() / 2e9:.2f}",
                 f"{size[-1]} px",
-                _summary(weights.manifest().get(f"{architecture}.{tag}"), markdown),
+                trained,
                 _first_sentence(architecture),
             )
         )

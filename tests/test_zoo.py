@@ -40,7 +40,10 @@ def test_table_has_every_member_and_only_measured_numbers():
         first = [result for result in record["results"] if result["metric"] == "top1"][:1]
         for result in record["results"]:
             assert (str(result["value"]) in trained) == (result in first)
-    assert "; the paper's authors, README of the release); unverified" in rows[2]
+    assert "; the paper's authors, README of the release); unverified; also `lite2_dist` |" in rows[2]
+    for name in weights.manifest():  # no weights are left out
+        architecture, tag = name.split(".")
+        assert [f"`{tag}`" in row for row in rows if row.startswith(f"| `{architecture}` |")] == [True]
 
 
 def test_released_layout_becomes_ours(tmp_path, place):
