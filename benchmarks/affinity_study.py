@@ -488,14 +488,14 @@ def main(argv: list[str] | None = None) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.add_argument("--data-dir", action="append", default=[], help="folder in ImageNet layout; may be repeated")
-    parser.add_argument("--out", required=True, metavar="DIR")
+    parser.add_argument("--out", required=True, metavar="DIR", help="folder for the results")
     parser.add_argument("--members", nargs="+", default=[*MEMBERS, *PEERS], metavar="NAME", help="default: all members")
-    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2])
+    parser.add_argument("--seeds", nargs="+", type=int, default=[0, 1, 2], help="random seeds; default: 0 1 2")
     short = f"{SHORT.images} images to train on, {SHORT.test_images} to test on, batches of {SHORT.batch_size}"
     parser.add_argument("--short", action="store_true", help=short)
     parser.add_argument("--epochs", type=int, help=f"number of epochs; default: {Recipe().epochs}")
     parser.add_argument("--images", type=int, help="number of training images, the same for each class; default: all")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
     parser.add_argument("--jobs", type=int, metavar="N", help="runs at once; default: one per core, or 1 on a GPU")
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)

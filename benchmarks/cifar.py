@@ -67,21 +67,23 @@ def main(argv: list[str] | None = None) -> None:
         prog="python -m benchmarks.cifar", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
     parser.add_argument("--data-dir", required=True, help="folder in ImageNet layout of 32 x 32 or 64 x 64 images")
-    parser.add_argument("--model", default="container_light_nano_32")
+    parser.add_argument(
+        "--model", default="container_light_nano_32", help="timm model; default: container_light_nano_32"
+    )
     parser.add_argument("--seconds", type=float, default=120.0, help="time for the whole command; default: 120")
     parser.add_argument("--epochs", type=int, help="number of epochs, however long they take; default: as many as fit")
-    parser.add_argument("--batch-size", type=int, default=256)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--batch-size", type=int, default=256, help="images per batch; default: 256")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; default: 0.002")
     parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix; default: 0, off")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     parser.add_argument("--images", type=int, default=0, help="training images, and half as many to test; default: all")
     parser.add_argument(
         "--compile", nargs="?", const="inductor", metavar="BACKEND", help="use torch.compile; default backend: inductor"
     )
     parser.add_argument("--graph", action="store_true", help="replay each step as a CUDA graph; not with --compile")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", metavar="DIR", required=True)
-    parser.add_argument("--name", default="cifar")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
+    parser.add_argument("--name", default="cifar", help="name of the JSON file; default: cifar")
     args = parser.parse_args(argv)
     device, out = measure.pick_device(args.device), Path(args.out)
     if not timm.is_model(args.model):

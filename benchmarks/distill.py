@@ -214,26 +214,28 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.distill", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("students", nargs="+", metavar="MODEL=RATE")
+    parser.add_argument("students", nargs="+", metavar="MODEL=RATE", help="models to train and their learning rates")
     parser.add_argument("--begin-from", type=Path, metavar="DIR", help="folder with MODEL.safetensors to start from")
     parser.add_argument(
         "--photos", nargs="+", required=True, metavar="DIR", help="folders, at least one of them with train/ and val/"
     )
     parser.add_argument("--exclude", default="ILSVRC2012_val_*", help="pattern of file names to leave out")
-    parser.add_argument("--teacher", default="tf_efficientnet_lite2")
-    parser.add_argument("--teacher-checkpoint", required=True, metavar="FILE")
-    parser.add_argument("--teacher-size", type=int, default=224)
-    parser.add_argument("--temperature", type=float, default=2.0)
+    parser.add_argument(
+        "--teacher", default="tf_efficientnet_lite2", help="timm model to distil from; default: tf_efficientnet_lite2"
+    )
+    parser.add_argument("--teacher-checkpoint", required=True, metavar="FILE", help="the teacher's weights")
+    parser.add_argument("--teacher-size", type=int, default=224, help="image size for the teacher; default: 224")
+    parser.add_argument("--temperature", type=float, default=2.0, help="softmax temperature; default: 2")
     parser.add_argument("--scale", type=float, nargs=2, default=(0.35, 1.0), help="range of the area of a crop")
     parser.add_argument("--seconds", type=float, default=480.0, help="time for the whole command; default: 480")
-    parser.add_argument("--batch-size", type=int, default=512)
-    parser.add_argument("--img-size", type=int, default=128)
+    parser.add_argument("--batch-size", type=int, default=512, help="images per batch; default: 512")
+    parser.add_argument("--img-size", type=int, default=128, help="image size in pixels; default: 128")
     parser.add_argument("--workers", type=int, default=16, help="number of decoding threads; default: 16")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     parser.add_argument("--eager", action="store_true", help="do not use a CUDA graph")
-    parser.add_argument("--log-steps", type=int, default=50)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", type=Path, required=True, metavar="DIR")
+    parser.add_argument("--log-steps", type=int, default=50, help="steps between lines of the log; default: 50")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
+    parser.add_argument("--out", type=Path, required=True, metavar="DIR", help="folder for the results")
     args = parser.parse_args(argv)
     rates: dict[str, float] = {}
     for word in args.students:

@@ -333,7 +333,7 @@ def main(argv: list[str] | None = None) -> None:
     """Checks the machine, runs the plan, and prints the outcome of every step."""
     start = time.monotonic()
     parser = argparse.ArgumentParser(prog="bash benchmarks/gpu.sh", description=__doc__)
-    parser.add_argument("out", metavar="OUT")
+    parser.add_argument("out", metavar="OUT", help="folder for the results")
     parser.add_argument("--minutes", type=float, default=8.0, help="time for all steps; default: 8")
     parser.add_argument("--rehearse", action="store_true", help="run the same steps on the CPU, with tiny sizes")
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"steps to run: {', '.join(STEPS)}")

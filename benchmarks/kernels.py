@@ -21,17 +21,21 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.kernels", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]")
-    parser.add_argument("--work", choices=("infer", "train"), default="train")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--steps", type=int, default=20)
-    parser.add_argument("--device", default="auto")
+    parser.add_argument(
+        "entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]", help="models with their settings"
+    )
+    parser.add_argument(
+        "--work", choices=("infer", "train"), default="train", help="inference or training; default: train"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch; default: 8")
+    parser.add_argument("--img-size", type=int, default=224, help="image size in pixels; default: 224")
+    parser.add_argument("--steps", type=int, default=20, help="number of steps; default: 20")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
     parser.add_argument("--backend", default="inductor", help="backend of torch.compile; default: inductor")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--shown", type=int, default=25, help="number of rows to print; default: 25")
-    parser.add_argument("--out", metavar="DIR")
-    parser.add_argument("--name", default="kernels")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results")
+    parser.add_argument("--name", default="kernels", help="name of the JSON file; default: kernels")
     args = parser.parse_args(argv)
     entries, device = speed.parse(args.entries), measure.pick_device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(device)

@@ -111,14 +111,18 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.memory", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("models", nargs="+", metavar="NAME")
-    parser.add_argument("--sizes", nargs="+", type=parse, default=[parse(size) for size in SIZES], metavar="HxW")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    parser.add_argument("--forward-only", action="store_true")
-    parser.add_argument("--device", default="auto")
+    parser.add_argument("models", nargs="+", metavar="NAME", help="timm models")
+    parser.add_argument(
+        "--sizes", nargs="+", type=parse, default=[parse(size) for size in SIZES], metavar="HxW", help="image sizes"
+    )
+    parser.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="data type; default: float32"
+    )
+    parser.add_argument("--forward-only", action="store_true", help="measure only the forward pass")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
     parser.add_argument("--seconds", type=float, default=5.0, help="duration of a measurement; default: 5")
-    parser.add_argument("--out", metavar="DIR")
-    parser.add_argument("--name", default="memory")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results")
+    parser.add_argument("--name", default="memory", help="name of the JSON file; default: memory")
     args = parser.parse_args(argv)
     device, dtype = measure.pick_device(args.device), getattr(torch, args.dtype)
     unknown = [name for name in args.models if not timm.is_model(name)]

@@ -213,16 +213,27 @@ def parser() -> argparse.ArgumentParser:
     options = argparse.ArgumentParser(
         prog="python -m benchmarks.parts", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    options.add_argument("--parts", nargs="+", choices=list(PARTS), default=list(PARTS))
-    options.add_argument("--stages", nargs="+", type=int, choices=(1, 2, 3, 4), default=(1, 2, 3, 4))
-    options.add_argument("--batch-size", type=int, default=8)
-    options.add_argument("--dtype", choices=("float32", "bfloat16"), default="float32")
-    options.add_argument("--device", default="auto")
+    options.add_argument(
+        "--parts", nargs="+", choices=list(PARTS), default=list(PARTS), help="parts to measure; default: all"
+    )
+    options.add_argument(
+        "--stages",
+        nargs="+",
+        type=int,
+        choices=(1, 2, 3, 4),
+        default=(1, 2, 3, 4),
+        help="stages to measure; default: 1 2 3 4",
+    )
+    options.add_argument("--batch-size", type=int, default=8, help="images per batch; default: 8")
+    options.add_argument(
+        "--dtype", choices=("float32", "bfloat16"), default="float32", help="data type; default: float32"
+    )
+    options.add_argument("--device", default="auto", help="device to use; default: auto")
     options.add_argument("--backward", action="store_true", help="time forward and backward pass, as in training")
-    options.add_argument("--rounds", type=int, default=7)
+    options.add_argument("--rounds", type=int, default=7, help="number of rounds; default: 7")
     options.add_argument("--seconds", type=float, default=0.1, help="minimum duration of a turn; default: 0.1")
-    options.add_argument("--out", metavar="DIR")
-    options.add_argument("--name", default="parts")
+    options.add_argument("--out", metavar="DIR", help="folder for the results")
+    options.add_argument("--name", default="parts", help="name of the JSON file; default: parts")
     return options
 
 

@@ -193,19 +193,23 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.roofline", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]")
-    parser.add_argument("--work", choices=("infer", "train"), default="infer")
-    parser.add_argument("--batch-size", type=int, default=8)
-    parser.add_argument("--img-size", type=int, default=224)
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--rounds", type=int, default=7)
-    parser.add_argument("--seconds", type=float, default=1.0)
+    parser.add_argument(
+        "entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]", help="models with their settings"
+    )
+    parser.add_argument(
+        "--work", choices=("infer", "train"), default="infer", help="inference or training; default: infer"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch; default: 8")
+    parser.add_argument("--img-size", type=int, default=224, help="image size in pixels; default: 224")
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
+    parser.add_argument("--rounds", type=int, default=7, help="number of rounds; default: 7")
+    parser.add_argument("--seconds", type=float, default=1.0, help="time per measurement in seconds; default: 1")
     parser.add_argument(
         "--limits", type=float, nargs=2, metavar=("GB/S", "TFLOP/S"), help="limits of another device; nothing is timed"
     )
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
-    parser.add_argument("--out", metavar="DIR")
-    parser.add_argument("--name", default="roofline")
+    parser.add_argument("--out", metavar="DIR", help="folder for the results")
+    parser.add_argument("--name", default="roofline", help="name of the JSON file; default: roofline")
     args = parser.parse_args(argv)
     entries, device = speed.parse(args.entries), measure.pick_device(args.device)
     images = torch.randn(args.batch_size, 3, args.img_size, args.img_size).to(device)

@@ -653,10 +653,12 @@ def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.speed", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]")
+    parser.add_argument(
+        "entries", nargs="+", metavar="NAME[:SETTING[+SETTING]...[,...]]", help="models with their settings"
+    )
     parser.add_argument("--work", nargs="+", choices=list(WORKS), default=["infer"], help="default: infer")
     parser.add_argument("--batch-size", type=int, default=8, help="batch size of infer and train; default: 8")
-    parser.add_argument("--img-size", type=int, default=224)
+    parser.add_argument("--img-size", type=int, default=224, help="image size in pixels; default: 224")
     parser.add_argument("--device", default="auto", help="cpu, cuda, ...; default: the GPU if there is one")
     parser.add_argument("--threads", type=int, help="number of CPU threads; default: PyTorch's")
     parser.add_argument("--rounds", type=int, default=9, help="turns of each entry; default: 9")

@@ -174,15 +174,15 @@ def main(argv: list[str] | None = None) -> None:
     parser = argparse.ArgumentParser(
         prog="python -m benchmarks.transfer", description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--data-dir", required=True, metavar="DATA")
+    parser.add_argument("--data-dir", required=True, metavar="DATA", help="folder of the data sets")
     parser.add_argument("--seconds", type=float, default=420.0, help="time for all runs; default: 420")
     parser.add_argument(
         "--jobs", type=int, default=os.cpu_count() or 1, metavar="N", help="runs at once; default: one per core"
     )
     parser.add_argument("--only", nargs="+", default=["*"], metavar="PATTERN", help="runs, such as `bccd-yolo11n*`")
     parser.add_argument("--rehearse", action="store_true", help="run one epoch of each kind, on a few images")
-    parser.add_argument("--device", default="auto")
-    parser.add_argument("--out", metavar="DIR", required=True)
+    parser.add_argument("--device", default="auto", help="device to use; default: auto")
+    parser.add_argument("--out", metavar="DIR", required=True, help="folder for the results")
     args = parser.parse_args(argv)
     device, data = measure.pick_device(args.device), Path(args.data_dir).resolve()
     with tempfile.TemporaryDirectory() as folder:

@@ -36,7 +36,12 @@ def parse_args() -> argparse.Namespace:
     """Reads the command line."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", default="bccd", help="folder of BCCD; default: bccd")
-    parser.add_argument("--detector", choices=["retinanet", "detr"], default="retinanet")
+    parser.add_argument(
+        "--detector",
+        choices=["retinanet", "detr"],
+        default="retinanet",
+        help="architecture of the detector; default: retinanet",
+    )
     parser.add_argument("--untrained-backbone", action="store_true", help="freeze the backbone at its initial weights")
     parser.add_argument("--output", default="cells", help="folder for the results; default: cells")
     parser.add_argument("--size", type=int, default=320, help="short side of the photos in pixels; default: 320")

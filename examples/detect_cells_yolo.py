@@ -32,11 +32,11 @@ def parse_args() -> argparse.Namespace:
     )
     parser.add_argument("--pretrained", action="store_true", help="start from the timm model's pre-trained weights")
     parser.add_argument("--output", default="cells-yolo", help="folder for the run; default: cells-yolo")
-    parser.add_argument("--epochs", type=int, default=20)
-    parser.add_argument("--batch-size", type=int, default=8)
+    parser.add_argument("--epochs", type=int, default=20, help="number of epochs; default: 20")
+    parser.add_argument("--batch-size", type=int, default=8, help="images per batch; default: 8")
     parser.add_argument("--size", type=int, default=416, help="side that photos are padded to; default: 416")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cpu")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
+    parser.add_argument("--device", default="cpu", help="device to use; default: cpu")
     return parser.parse_args()
 
 

@@ -14,15 +14,19 @@ def add_arguments(parser: argparse.ArgumentParser, epochs: int) -> None:
     """Adds the arguments that the examples share."""
     parser.add_argument("--backbone", default="container_light_nano", help="timm model that supports features_only")
     parser.add_argument("--pretrained", action="store_true", help="start from the backbone's pre-trained weights")
-    parser.add_argument("--epochs", type=int, default=epochs)
-    parser.add_argument("--batch-size", type=int, default=4)
+    parser.add_argument("--epochs", type=int, default=epochs, help="number of epochs; default: %(default)s")
+    parser.add_argument("--batch-size", type=int, default=4, help="images per batch; default: %(default)s")
     parser.add_argument("--channels", type=int, default=64, help="width of the decoder or pyramid; default: 64")
-    parser.add_argument("--lr", type=float, default=1e-3)
+    parser.add_argument("--lr", type=float, default=1e-3, help="learning rate; default: %(default)s")
     parser.add_argument(
         "--amp", action="store_true", help="train in bfloat16, twice as fast on a CPU that computes in it"
     )
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to use; default: cuda if there is a GPU",
+    )
 
 
 def batches(images: Dataset, batch_size: int, shuffle: bool) -> DataLoader:

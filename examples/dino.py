@@ -47,14 +47,18 @@ def parse_args() -> argparse.Namespace:
     parser.add_argument("--img-size", type=int, help="image size of the global views; default: the model's own")
     parser.add_argument("--images", type=int, default=10000, help="number of training images, taken evenly")
     parser.add_argument("--test-images", type=int, default=2000, help="number of test images, likewise")
-    parser.add_argument("--epochs", type=int, default=4)
-    parser.add_argument("--batch-size", type=int, default=128)
-    parser.add_argument("--lr", type=float, default=2e-3)
+    parser.add_argument("--epochs", type=int, default=4, help="number of epochs; default: 4")
+    parser.add_argument("--batch-size", type=int, default=128, help="images per batch; default: 128")
+    parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; default: 0.002")
     parser.add_argument("--momentum", type=float, default=0.99, help="initial momentum of the teacher; it rises to 1")
-    parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--workers", type=int, default=1)
+    parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
+    parser.add_argument("--workers", type=int, default=1, help="number of data loader workers; default: 1")
     parser.add_argument("--output", default="dino.safetensors", help="file for the teacher's weights; adds a .json")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument(
+        "--device",
+        default="cuda" if torch.cuda.is_available() else "cpu",
+        help="device to use; default: cuda if there is a GPU",
+    )
     return parser.parse_args()
 
 

@@ -51,7 +51,7 @@ def main() -> None:
     """Prints the five most likely classes."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("file", metavar="FILE", help=".onnx or .xml file from `container export`")
-    parser.add_argument("photo", metavar="PHOTO")
+    parser.add_argument("photo", metavar="PHOTO", help="image file")
     args = parser.parse_args()
     told, run = load(args.file)
     if told["crop_mode"] != "center" or not told["classes"]:

@@ -127,9 +127,11 @@ def parse_args() -> argparse.Namespace:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--data-dir", required=True, help="folder with train/ and val/")
     parser.add_argument("--masks", default="masks", help="name of the mask folders; default: masks")
-    parser.add_argument("--classes", type=int, default=2)
+    parser.add_argument("--classes", type=int, default=2, help="number of classes; default: 2")
     parser.add_argument("--foreground", action="store_true", help="treat all mask values except 0 as one class")
-    parser.add_argument("--decoder", choices=("FPN", "UPerNet"), default="FPN")
+    parser.add_argument(
+        "--decoder", choices=("FPN", "UPerNet"), default="FPN", help="segmentation network; default: FPN"
+    )
     parser.add_argument("--output", default="segmented", help="folder for the results; default: segmented")
     parser.add_argument("--crop", type=int, default=192, help="side of the training crops in pixels; default: 192")
     add_arguments(parser, epochs=10)

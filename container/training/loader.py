@@ -42,7 +42,7 @@ __all__ = [
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
 _WAIT = 0.2  # share of an epoch spent waiting for data, above which `advice` says so
-_MOST = 16  # workers; each has its own copy of the file list, and batches in /dev/shm
+_MOST = 16  # workers; each keeps batches in /dev/shm, and a copy of the list of a tar file
 
 
 def cores() -> int:
