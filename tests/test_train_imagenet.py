@@ -780,7 +780,8 @@ def test_cifar10(tmp_path):
             group = member.name.rsplit("/", 1)[0]
             if member.isfile() and count[group] < 20:
                 count[group] += 1
-                archive.extract(member, tmp_path, filter="data")
+                (tmp_path / group).mkdir(parents=True, exist_ok=True)
+                (tmp_path / member.name).write_bytes(archive.extractfile(member).read())
             if len([c for c in count.values() if c == 20]) == 20:
                 break
     result = run("--data-dir", "cifar10", *SMALL, "--workers", "1", cwd=tmp_path)
