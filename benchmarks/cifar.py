@@ -19,6 +19,7 @@ import timm
 import torch
 from safetensors.torch import save
 from timm.data import Mixup
+from timm.models import load_checkpoint
 from torch import nn
 
 from container.files import write_atomically
@@ -74,7 +75,15 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--epochs", type=int, help="number of epochs, however long they take; default: as many as fit")
     parser.add_argument("--batch-size", type=int, default=256, help="images per batch; default: 256")
     parser.add_argument("--lr", type=float, default=2e-3, help="learning rate; default: 0.002")
+    parser.add_argument("--checkpoint", metavar="FILE", help="weights to start from; default: random ones")
     parser.add_argument("--cutmix", type=float, default=0.0, help="alpha of CutMix; default: 0, off")
+    parser.add_argument(
+        "--cutmix-off",
+        type=float,
+        default=0.0,
+        metavar="SHARE",
+        help="last part of the epochs, without CutMix; default: 0",
+    )
     parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     parser.add_argument("--images", type=int, default=0, help="training images, and half as many to test; default: all")
     parser.add_argument(
@@ -96,7 +105,10 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"benchmarks: {len(data.images)} images to train on are no batch of {args.batch_size}")
     data = study.Data(data.name, data.classes, *(tensor.to(device) for tensor in data[2:]))
     torch.manual_seed(args.seed)
-    model = timm.create_model(args.model, num_classes=data.classes).to(device)
+    model = timm.create_model(args.model, num_classes=data.classes)
+    if args.checkpoint:
+        load_checkpoint(model, args.checkpoint)
+    model = model.to(device)
     model = model.to(memory_format=torch.channels_last)
     if args.compile:  # its CUDA graphs save a small model the wait for kernel launches
         model.compile(backend=args.compile, mode="reduce-overhead" if args.compile == "inductor" else None)
@@ -119,13 +131,17 @@ def main(argv: list[str] | None = None) -> None:
         seed=args.seed,
         compile=args.compile,
         graph=args.graph,
+        checkpoint=args.checkpoint and Path(args.checkpoint).name,
         cutmix=args.cutmix,
+        cutmix_off=args.cutmix_off,
         recipe=recipe._asdict(),
         history=[],
     )
     out.mkdir(parents=True, exist_ok=True)
     for entry in study.train(model, args.seed, data, recipe, device, f"{data.name}, {args.model}", args.graph, mix):
         record["history"].append(entry)
+        if mix is not None and entry["epoch"] >= (1 - args.cutmix_off) * epochs:
+            mix.mixup_enabled = False
         record["seconds"] = time.perf_counter() - start
         measure.save(out, args.name, record)
         weights = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}

@@ -26,8 +26,16 @@ from typing import Any, NamedTuple
 from . import measure
 
 ROOT = Path(__file__).resolve().parent.parent
-RANDOM = ("container_light_nano", "container_nano", "resnet18", "pvt_v2_b0", "mobilenetv3_small_100")
-PUBLISHED = ("container_light_nano.lite2_dist", "container_nano.lite2_dist")
+RANDOM = (
+    "container_light_nano",
+    "container_nano",
+    "container_light",
+    "container_light_tiny",
+    "resnet18",
+    "pvt_v2_b0",
+    "mobilenetv3_small_100",
+)
+PUBLISHED = ("container_light_nano.lite2_dist", "container_nano.lite2_dist", "container_light_tiny.lite2_dist")
 DETECTORS = ("yolov8n", "yolov8n-context", "yolov8n-container_light_nano", "yolo11n", "yolo11n-context")
 SEEDS = (0, 1, 2)
 EDGES = 15.0  # seconds for imports, and to stop unfinished runs and keep their results
