@@ -10,6 +10,7 @@ epochs in its record as --epochs. The training loop is that of benchmarks.affini
 import argparse
 import copy
 import sys
+import textwrap
 import time
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,9 @@ import timm
 import torch
 from safetensors.torch import save
 from timm.data import Mixup
-from timm.models import load_checkpoint
 from torch import nn
 
+from container import weights
 from container.files import write_atomically
 
 from . import affinity_study as study
@@ -82,7 +83,7 @@ def main(argv: list[str] | None = None) -> None:
         type=float,
         default=0.0,
         metavar="SHARE",
-        help="last part of the epochs, without CutMix; default: 0",
+        help="share of the epochs at the end without CutMix; default: 0",
     )
     parser.add_argument("--seed", type=int, default=0, help="random seed; default: 0")
     parser.add_argument("--images", type=int, default=0, help="training images, and half as many to test; default: all")
@@ -99,6 +100,8 @@ def main(argv: list[str] | None = None) -> None:
         raise SystemExit(f"benchmarks: timm knows no model {args.model!r}")
     if args.graph and (args.compile or device.type != "cuda"):
         raise SystemExit("benchmarks: --graph is for a GPU, and without --compile, which makes graphs of its own")
+    if not 0 <= args.cutmix_off <= 1:
+        raise SystemExit(f"benchmarks: --cutmix-off {args.cutmix_off:g} is no share between 0 and 1")
     study.splits(args.data_dir)
     data = study.load(args.data_dir, args.images, args.images // 2)
     if len(data.images) < args.batch_size:
@@ -107,7 +110,10 @@ def main(argv: list[str] | None = None) -> None:
     torch.manual_seed(args.seed)
     model = timm.create_model(args.model, num_classes=data.classes)
     if args.checkpoint:
-        load_checkpoint(model, args.checkpoint)
+        try:
+            model.load_state_dict(weights.read(args.checkpoint))
+        except (OSError, RuntimeError) as error:
+            raise SystemExit(f"benchmarks: {textwrap.shorten(str(error), 200)}") from None
     model = model.to(device)
     model = model.to(memory_format=torch.channels_last)
     if args.compile:  # its CUDA graphs save a small model the wait for kernel launches
@@ -144,8 +150,8 @@ def main(argv: list[str] | None = None) -> None:
             mix.mixup_enabled = False
         record["seconds"] = time.perf_counter() - start
         measure.save(out, args.name, record)
-        weights = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
-        write_atomically(out / f"{args.model}.safetensors", save(weights))
+        state = {key: tensor.contiguous().cpu() for key, tensor in model.state_dict().items()}
+        write_atomically(out / f"{args.model}.safetensors", save(state))
     print(f"{record['history'][-1]['top1']:.2f} % top-1 after {epochs} epochs and {record['seconds']:.0f} s")
 
 

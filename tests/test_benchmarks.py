@@ -12,6 +12,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import timm
 import torch
 from PIL import Image
@@ -522,6 +523,19 @@ def test_cifar_repeats_itself_and_leaves_its_weights(images, tmp_path):
     assert [entry["train_loss"] for entry in mixed] == [entry["train_loss"] for entry in again]
     assert mixed[-1]["train_loss"] > outs[0][-1][0]
     path = tmp_path / "one" / "container_light_nano_32.safetensors"
+    more = ["--cutmix", 1, "--cutmix-off", 0.5, "--checkpoint"]
+    command("cifar", *words, *more[:-1], "--out", tmp_path / "plain at last")
+    last = json.loads((tmp_path / "plain at last" / "cifar.json").read_text())["history"]
+    assert last[0]["train_loss"] == mixed[0]["train_loss"] and last[1]["train_loss"] < mixed[1]["train_loss"]
+    command("cifar", *words, *more, path, "--lr", 1e-9, "--out", tmp_path / "further")
+    further = json.loads((tmp_path / "further" / "cifar.json").read_text())["history"]
+    assert further[1]["train_loss"] < outs[0][1][0]
+    assert "no checkpoint at nowhere" in refused(cifar, *words, *more, "nowhere", "--out", tmp_path / "third")
+    other = timm.create_model("container_light_nano_32", num_classes=3).state_dict()
+    safetensors.torch.save_file(other, tmp_path / "three.safetensors")
+    said = refused(cifar, *words, *more, tmp_path / "three.safetensors", "--out", tmp_path / "third")
+    assert "size mismatch" in said and said.count("\n") <= 1
+    assert "--cutmix-off 2 is no share" in refused(cifar, *words, "--cutmix-off", 2, "--out", tmp_path / "third")
     model = timm.create_model("container_light_nano_32", num_classes=2, checkpoint_path=path).eval()
     pixels = [np.asarray(Image.open(file)) for file in sorted((images / "test" / "bright").glob("*.png"))]
     x = torch.tensor(np.stack(pixels)).permute(0, 3, 1, 2) / 255 - torch.tensor([0.485, 0.456, 0.406]).view(3, 1, 1)
@@ -550,7 +564,7 @@ def test_runs_for_the_data_there_are(tmp_path):
         (tmp_path / name).mkdir()
     (tmp_path / "tf_efficientnet_lite0.in1k.safetensors").touch()
     found = {job.name: job for job in transfer.jobs(tmp_path, tmp_path / "runs", "cuda")}
-    assert len(found) == 2 + 8 + 3 * (6 + 8)
+    assert len(found) == 2 + 11 + 3 * (6 + 11)
     command = found["trashnet-tf_efficientnet_lite0.in1k-2"].command
     assert train_imagenet.parse_args(command[2:]).checkpoint == str(tmp_path / "tf_efficientnet_lite0.in1k.safetensors")
     args = train_imagenet.parse_args(found["cifar10-container_nano.lite2_dist-0"].command[2:])
