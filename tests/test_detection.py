@@ -196,7 +196,7 @@ def test_a_detector_with_pretrained_weights_learns_a_box():
     images[0][:, 5:50, 5:40] *= 0.2
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-3)
     losses = []
-    for _ in range(80):
+    for _ in range(60):
         loss = sum(model(images, targets(images)).values())
         optimizer.zero_grad()
         loss.backward()

@@ -2,6 +2,7 @@
 
 import copy
 import pickle
+import statistics
 
 import pytest
 import timm
@@ -215,23 +216,25 @@ def test_make_fx_records_portable_operators():
 
 @torch.no_grad()
 def test_bfloat16_loses_nothing_to_fusing():
-    """The packaged weights on pieces of photos: the error in bfloat16 is about that of the unfused model.
+    """Packaged weights on pieces of photos: on average, the error in bfloat16 is that of the unfused model.
 
-    Four packaged files have 0.90 to 1.07 of it, this one the most.
+    One file has 0.9 of it, another 1.07: how weights round is chance.
     """
-    unfused = timm.create_model("container_light_nano_32", pretrained=True).eval()
-    mean, std = (torch.tensor(unfused.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
-    photos = [
-        torch.tensor(load_sample_image(name)).permute(2, 0, 1)[:, :416, :640] for name in ("china.jpg", "flower.jpg")
-    ]
-    pieces = [p.unfold(1, 32, 32).unfold(2, 32, 32).flatten(1, 2).transpose(0, 1) for p in photos]  # (N, 3, 32, 32)
-    x = (torch.cat(pieces) / 255 - mean) / std
-    expected = unfused(x)
-    errors = []
-    for network in (unfused, fuse(unfused)):
-        half = copy.deepcopy(network).bfloat16()(x.bfloat16()).float()
-        errors.append(((half - expected).square().mean() / expected.square().mean()).sqrt().item())
-    assert errors[1] < 1.15 * errors[0]
+    photos = [torch.tensor(load_sample_image(name)).permute(2, 0, 1)[:, :384] for name in ("china.jpg", "flower.jpg")]
+    ratios = []
+    for name in ("nano_32.cifar10", "nano.trashnet", "nano.lite2_dist"):
+        unfused = timm.create_model(f"container_light_{name}", pretrained=True).eval()
+        mean, std = (torch.tensor(unfused.pretrained_cfg[key]).view(3, 1, 1) for key in ("mean", "std"))
+        side = unfused.pretrained_cfg["input_size"][-1]
+        pieces = [p.unfold(1, side, side).unfold(2, side, side).flatten(1, 2).transpose(0, 1) for p in photos]
+        x = (torch.cat(pieces) / 255 - mean) / std  # (N, 3, side, side)
+        expected = unfused(x)
+        own, fused = (
+            (copy.deepcopy(network).bfloat16()(x.bfloat16()).float() - expected).square().mean().sqrt().item()
+            for network in (unfused, fuse(unfused))
+        )
+        ratios.append(fused / own)
+    assert statistics.geometric_mean(ratios) < 1.05, ratios
 
 
 # --------------------------------------------------------------------------------------------- what is left as it is
