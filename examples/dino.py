@@ -95,7 +95,7 @@ def main() -> None:
     size, statistics = config["input_size"][1], dict(mean=list(config["mean"]), std=list(config["std"]))
     plain, data = create_transform(**config), Path(args.data_dir)
     held_out = data / ("test" if (data / "test").is_dir() else "val")
-    options = dict(batch_size=args.batch_size, num_workers=args.workers)
+    options = dict(batch_size=args.batch_size, num_workers=args.workers, persistent_workers=args.workers > 0)
     bank = DataLoader(some(data / "train", args.images, plain), **options)
     test = DataLoader(some(held_out, args.test_images, plain), **options)
     curve = [knn_accuracy(student, bank, test, args.device)]
