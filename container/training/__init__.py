@@ -6,7 +6,7 @@ from .data import Digits, Images, Photos, check_classes, create_datasets, open_p
 from .depthwise import speed_up_depthwise
 from .distill import Distillation, Divergence, Teacher, Views
 from .distributed import Agreement, StopSignal, join_group
-from .loader import advice, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
+from .loader import advice, ask_ahead, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import describe, estimate
 from .recipe import parse_with_recipe
@@ -31,6 +31,7 @@ __all__ = [
     "Teacher",
     "Views",
     "advice",
+    "ask_ahead",
     "check_classes",
     "cores",
     "create_datasets",

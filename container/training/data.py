@@ -23,6 +23,8 @@ from torch.utils.data import Dataset
 
 from container.images import open_rgb
 
+from .distributed import on_first_rank
+
 __all__ = [
     "Digits",
     "Images",
@@ -293,7 +295,9 @@ class Images(ImageDataset):
 
     def __init__(self, root: str | None, reader: str | Reader = "", train: bool = False, split: str = "train") -> None:
         path = Path(root or "")
-        super().__init__(root, reader=reader or (ClassFolders(path) if path.is_dir() else open_tar(path)), split=split)
+        if not reader:  # millions of files are listed once, not by every process
+            reader = on_first_rank(lambda: ClassFolders(path) if path.is_dir() else open_tar(path))
+        super().__init__(root, reader=reader, split=split)
         self.train = train
         self.decode: Callable[[Any], Any] = open_rgb
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
@@ -432,7 +436,8 @@ def open_photos(folders: list[str], exclude: str | None = None) -> tuple[Images,
         val += held_out[:1]
     if not val:
         raise ValueError(f"none of {', '.join(folders)} has a folder {' or '.join(_VAL_NAMES)} to validate on")
-    return Images(None, Photos(train, exclude), train=True), Images(None, Photos(val, exclude))
+    readers = on_first_rank(lambda: (Photos(train, exclude), Photos(val, exclude)))
+    return Images(None, readers[0], train=True), Images(None, readers[1])
 
 
 def create_datasets(

@@ -3,13 +3,15 @@
 import os
 import signal
 import time
+from collections.abc import Callable
 from types import FrameType
+from typing import Any
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
-__all__ = ["SIGNALS", "Agreement", "StopSignal", "any_of", "join_group"]
+__all__ = ["SIGNALS", "Agreement", "StopSignal", "any_of", "join_group", "on_first_rank"]
 
 SIGNALS = [
     getattr(signal, name)
@@ -113,6 +115,29 @@ def any_of(flags: torch.Tensor, device: torch.device) -> torch.Tensor:
     found = flags.to(device, torch.uint8)
     dist.all_reduce(found, dist.ReduceOp.MAX)
     return found.bool().cpu()
+
+
+def on_first_rank(make: Callable[[], Any]) -> Any:
+    """Returns what a function returns on rank 0, on all ranks. All processes must call it, in or without a group.
+
+    Args:
+        make: The function. Its result must be picklable.
+
+    Raises:
+        Exception: The function raised it on rank 0.
+    """
+    if not dist.is_initialized() or dist.get_world_size() == 1:
+        return make()
+    made: list[Any] = [None]
+    if dist.get_rank() == 0:
+        try:
+            made = [make()]
+        except Exception as error:  # the other processes wait for an answer
+            made = [error]
+    dist.broadcast_object_list(made)
+    if isinstance(made[0], Exception):
+        raise made[0]
+    return made[0]
 
 
 class StopSignal:

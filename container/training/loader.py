@@ -31,6 +31,7 @@ from .tensor import decode, tensor_transform
 
 __all__ = [
     "advice",
+    "ask_ahead",
     "cores",
     "create_train_loader",
     "create_val_loader",
@@ -107,9 +108,20 @@ def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -
 
 
 class _Loader(DataLoader[Any]):
-    """DataLoader whose workers start with signals blocked, until `_shield` has run."""
+    """DataLoader whose workers start with signals blocked, until `_shield` has run.
+
+    With `begin`, they prepare the first batches of the next iteration ahead of it.
+    """
+
+    _begun: Any = None
+
+    def begin(self) -> None:
+        self._begun = iter(self)
 
     def __iter__(self) -> Any:
+        if self._begun is not None:
+            begun, self._begun = self._begun, None
+            return begun
         if not hasattr(signal, "pthread_sigmask"):
             return super().__iter__()
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
@@ -280,6 +292,29 @@ def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:
     sizes[0] = start
     sizes[-1] = end
     return sizes
+
+
+def ask_ahead(loader: PrefetchLoader, size: int, seed: int, epoch: int) -> None:
+    """Has the workers prepare the first batches of an epoch, while this process evaluates.
+
+    The next call of `epoch_batches` must be for the start of this epoch. Nothing happens for streamed data, whose
+    workers start anew in each epoch, or if the batches of both loaders do not fit in /dev/shm.
+
+    Args:
+        loader: Loader from `create_train_loader`.
+        size: Its image size.
+        seed: The run's seed.
+        epoch: Index of the epoch, from 0.
+    """
+    inner = loader.loader
+    try:
+        _check_shared_memory(2 * inner.num_workers, inner.batch_size or 1, (3, size, size))
+    except ValueError:
+        return
+    if not isinstance(loader.dataset, IterableImageDataset):
+        seed_everything(seed, epoch)  # torch draws the seeds of its workers from here
+        loader.sampler.start(epoch)
+        inner.begin()
 
 
 def epoch_batches(loader: PrefetchLoader, seed: int, epoch: int, first: int = 0) -> Iterator[Any]:

@@ -33,7 +33,7 @@ from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, Photos, check_classes
 from .distill import Distillation, Teacher, Views
 from .distributed import Agreement, StopSignal, any_of
-from .loader import advice, create_train_loader, create_val_loader, end_workers, epoch_batches, growing
+from .loader import advice, ask_ahead, create_train_loader, create_val_loader, end_workers, epoch_batches, growing
 from .loop import HALF, Compute, StoppedError, evaluate, train_one_epoch
 from .plan import estimate
 from .report import Report, StepLog, describe_environment, write_best
@@ -492,6 +492,8 @@ class Run:
             StoppedError: A process was told to stop.
         """
         args, progress, start = self.args, self.progress, time.perf_counter()
+        if self.sizes[progress.epoch + 1 :][:1] == [self.loader_size] and self.distillation is None:
+            ask_ahead(self.loader, self.loader_size, args.seed, progress.epoch + 1)
         metrics = evaluate(self.task, self.val_loader, self.compute, stop=self.told)
         tell_unreadable(self.val_set, "does not count")
         for data in (self.train_set, self.val_set):  # a process reads a share, but the limit is for the whole

@@ -13,12 +13,13 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
 from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transform
 from torchvision.datasets import CIFAR10
 
-from container.training import Digits, Images, check_classes, create_datasets, open_validation
+from container.training import Digits, Images, check_classes, create_datasets, open_photos, open_validation
 from container.training.data import ClassFolders, Photos, mend_posterize
 
 # timm's tar reader and Hugging Face's cache leave closing their files to the garbage collector.
@@ -251,6 +252,48 @@ def test_processes_do_not_share_their_place_in_a_tar(folder, tmp_path, nested):
     process.join()
     assert process.exitcode == 0 and file.tell() == place and state.tf.fileobj is file
     assert np.array_equal(np.asarray(images[0][0]), first) and not images.unreadable.any()
+
+
+def _listed(rank, meet, folder, queue):
+    dist.init_process_group("gloo", init_method=f"file://{meet}", rank=rank, world_size=2)
+    if rank:  # would fail if it listed a folder by itself
+        os.scandir = os.walk = None
+    found = []
+    for opened in (lambda: create_datasets(folder)[:2], lambda: open_photos([str(folder)])):
+        found.append([(images.filenames(), [int(images[i][1]) for i in range(3)]) for images in opened()])
+    try:
+        Images(str(folder))
+    except ValueError as error:
+        found.append(str(error))
+    queue.put(found)
+    dist.destroy_process_group()
+
+
+def test_one_process_lists_the_files_for_all(tmp_path):
+    """A folder, photos without labels, and the refusal of a folder of folders."""
+    folder = tmp_path / "data"
+    for split, count in (("train", 3), ("val", 2)):
+        for name in ("a", "b"):
+            (folder / split / name).mkdir(parents=True)
+            for i in range(count):
+                Image.new("RGB", (4, 4)).save(folder / split / name / f"{i}.png")
+    Image.new("RGB", (4, 4)).save(folder / "x.png")
+    context = multiprocessing.get_context("fork")
+    queue = context.Queue()
+    ranks = [context.Process(target=_listed, args=(rank, tmp_path / "meet", folder, queue)) for rank in range(2)]
+    for rank in ranks:
+        rank.start()
+    first, second = (queue.get(timeout=120) for _ in ranks)
+    for rank in ranks:
+        rank.join()
+        assert rank.exitcode == 0
+    assert first == second
+    train = ["a/0.png", "a/1.png", "a/2.png", "b/0.png", "b/1.png", "b/2.png"]
+    assert first[0][0] == (train, [0, 0, 0]) and first[0][1] == (
+        ["a/0.png", "a/1.png", "b/0.png", "b/1.png"],
+        [0, 0, 1],
+    )
+    assert first[1][0] == (train, [0, 0, 0]) and first[2] == f"images in {folder} itself, and not in class folders"
 
 
 def test_folders_in_class_folders_are_of_the_class(tmp_path):

@@ -4,8 +4,10 @@ import io
 import json
 import multiprocessing
 import os
+import shutil
 import signal
 import tarfile
+import time
 from types import SimpleNamespace
 
 import numpy as np
@@ -23,6 +25,7 @@ from container.training import (
     Digits,
     Images,
     advice,
+    ask_ahead,
     cores,
     create_datasets,
     create_train_loader,
@@ -75,6 +78,37 @@ def test_batches_do_not_depend_on_workers_and_can_begin_anywhere():
     assert_equal(whole[4:], list(epoch_batches(with_workers, seed=1, epoch=3, first=4)))
     other = list(epoch_batches(alone, seed=1, epoch=4))
     assert not torch.equal(whole[0][0], other[0][0])
+
+
+class Counting(Images):
+    """Images that count the reads of all workers."""
+
+    def __getitem__(self, index):
+        self.reads += 1
+        return super().__getitem__(index)
+
+
+def test_the_next_epoch_is_prepared_while_this_one_is_evaluated(folder, monkeypatch):
+    """The batches are the same, whatever is drawn or loaded meanwhile; where /dev/shm is too small, they come later."""
+    images = Counting(str(folder / "train"), train=True)
+    images.reads = torch.zeros(1, dtype=torch.int64).share_memory_()
+    whole = [list(epoch_batches(loader(0, images), seed=1, epoch=epoch)) for epoch in (0, 1)]
+    val = create_val_loader(Images(str(folder / "val")), CONFIG, 4, 1, CPU, persistent=True)
+    train = loader(2, images)
+    assert_equal(whole[0], list(epoch_batches(train, seed=1, epoch=0)))
+    for tight in (False, True):
+        images.reads.zero_()
+        if tight:
+            monkeypatch.setattr(shutil, "disk_usage", lambda path: SimpleNamespace(free=2**10))
+        ask_ahead(train, CONFIG["input_size"][1], seed=1, epoch=1)
+        list(val)
+        end = time.monotonic() + (1 if tight else 60)
+        while time.monotonic() < end and not images.reads:
+            time.sleep(0.01)
+        assert bool(images.reads) is not tight
+        torch.rand(3)
+        assert_equal(whole[1], list(epoch_batches(train, seed=1, epoch=1)))
+    assert_equal(whole[0], list(epoch_batches(train, seed=1, epoch=0)))
 
 
 @pytest.mark.parametrize("policy", ["rand-m9-mstd0.5-inc1", "original", "augmix-m5-w4-d2"])
