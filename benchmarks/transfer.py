@@ -65,8 +65,8 @@ def jobs(data: Path, folder: Path, device: str, rehearse: bool = False) -> Itera
     def dino(name: str, model: str, epochs: int, *more: object) -> Job:
         result = folder / f"dino-{name}.json"
         few = ["--images", 64, "--test-images", 32, "--batch-size", 32, "--img-size", 32]
-        size = few if rehearse else ["--batch-size", 512, *more]
-        words = ["--model", model, "--epochs", 1 if rehearse else epochs, "--workers", 4, *size, "--device", device]
+        size = few if rehearse else ["--batch-size", 256, *more]
+        words = ["--model", model, "--epochs", 1 if rehearse else epochs, "--workers", 6, *size, "--device", device]
         weights = result.with_suffix(".safetensors")
         command = python("examples/dino.py", "--data-dir", data / name, *words, "--output", weights)
         return Job(f"dino-{name}", command, result)
