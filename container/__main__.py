@@ -99,27 +99,25 @@ def run(argv: list[str]) -> None:
         return
     if not argv or argv == ["-m"]:
         raise SystemExit(usage)
+    name, command = argv[0], shutil.which(argv[0])
+    script = name != "-m" and os.path.isfile(name) and (name.endswith(".py") or command is None)
+    if not getattr(sys.flags, "safe_path", False) and (script or name == "-m"):  # not python -P
+        sys.path[0] = os.path.dirname(os.path.abspath(name)) if script else os.getcwd()
+    if name == "-m" and importlib.util.find_spec(argv[1].partition(".")[0]) is None:
+        raise SystemExit(f"container: no module {argv[1]}")
+    if name != "-m" and not script and command is None:
+        raise SystemExit(f"container: no script and no command {name}")
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *([before] if before else [])])
-    name, command = argv[0], shutil.which(argv[0])
-    own_path = not getattr(sys.flags, "safe_path", False)  # python -P
     if name == "-m":
         sys.argv[:] = argv[1:]
-        if own_path:
-            sys.path[0] = os.getcwd()
-        if importlib.util.find_spec(argv[1].partition(".")[0]) is None:
-            raise SystemExit(f"container: no module {argv[1]}")
         runpy.run_module(argv[1], run_name="__main__", alter_sys=True)
-    elif os.path.isfile(name) and (name.endswith(".py") or command is None):
+    elif script:
         sys.argv[:] = argv
-        if own_path:
-            sys.path[0] = os.path.dirname(os.path.abspath(name))
         runpy.run_path(name, run_name="__main__")
     elif command is not None:
         sys.stdout.flush()
         os.execv(command, argv)
-    else:
-        raise SystemExit(f"container: no script and no command {name}")
 
 
 def _parser() -> argparse.ArgumentParser:

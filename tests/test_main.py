@@ -152,13 +152,16 @@ def test_training_from_the_command(tmp_path):
 )
 def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path))
+    before = os.environ.copy()
     with pytest.raises(SystemExit) as stop:
         main(arguments)
     assert stop.value.code not in (0, None)
     output = capsys.readouterr()
     assert message in f"{stop.value} {output.out} {output.err}"
     assert not (tmp_path / "out").exists()
+    assert os.environ == before
 
 
 def test_list(monkeypatch, capsys):

@@ -306,7 +306,7 @@ def ask_ahead(loader: PrefetchLoader, size: int, seed: int, epoch: int) -> None:
         seed: The run's seed.
         epoch: Index of the epoch, from 0.
     """
-    inner = loader.loader
+    inner: Any = loader.loader
     try:
         _check_shared_memory(2 * inner.num_workers, inner.batch_size or 1, (3, size, size))
     except ValueError:
