@@ -66,7 +66,8 @@ class _Depthwise(torch.autograd.Function):
         def gradient(x: Tensor, weight: Tensor, columns: int, of: str) -> Tensor:
             mask, one = [of == "x", of == "weight", False], (1, 1)
             args = (dy, x, weight, None, one, (rows, columns), one, False, (0, 0), len(weight), mask)
-            return torch.ops.aten.convolution_backward(*args)[of == "weight"]
+            index = int(of == "weight")  # torch 2.9 compiles no index of type bool
+            return torch.ops.aten.convolution_backward(*args)[index]
 
         dx = gradient(x, weight, columns, "x") if ctx.needs_input_grad[0] else None
         dweight = None
