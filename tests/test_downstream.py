@@ -1,5 +1,6 @@
 """The family under the libraries that people use."""
 
+import json
 import subprocess
 import sys
 
@@ -9,6 +10,8 @@ import pytest
 import timm
 import torch
 from PIL import Image
+from timm.data import IMAGENET_DEFAULT_MEAN as MEAN
+from timm.data import IMAGENET_DEFAULT_STD as STD
 
 import container
 from container import zoo
@@ -397,3 +400,47 @@ def test_torchgeo():
         loss.backward()
         optimizer.step()
     assert losses[-1] < losses[0] / 4
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_effdet():
+    """EfficientDet on the pre-trained maps of strides 8, 16 and 32."""
+    effdet = pytest.importorskip("effdet", reason="effdet is not installed")
+    config = effdet.get_efficientdet_config("efficientdet_d0")
+    config.update(backbone_name="container_light_nano", backbone_args={}, backbone_indices=(1, 2, 3))
+    config.update(image_size=[128, 128], num_classes=2)
+    model = effdet.EfficientDet(config, pretrained_backbone=True)
+    x = torch.rand(2, 3, 128, 128)
+    expected = timm.create_model("container_light_nano", pretrained=True, features_only=True, out_indices=(1, 2, 3))
+    for a, b in zip(model.eval().backbone(x), expected.eval()(x), strict=True):
+        assert torch.equal(a, b)
+    boxes = dict(bbox=[torch.tensor([[8.0, 8, 64, 64]])] * 2, cls=[torch.tensor([1.0])] * 2)
+    sizes = dict(img_scale=torch.ones(2), img_size=torch.full((2, 2), 128.0))
+    effdet.DetBenchTrain(model.train())(x, boxes | sizes)["loss"].backward()
+    assert all(p.grad is not None for p in model.parameters())
+    assert effdet.DetBenchPredict(model).eval()(x).shape == (2, 100, 6)
+
+
+@pytest.mark.slow
+@pytest.mark.filterwarnings("ignore")  # of the library, about itself
+def test_open_clip(tmp_path):
+    """CLIP with the pre-trained network as its image tower, from a configuration file as the library has them."""
+    open_clip = pytest.importorskip("open_clip", reason="open_clip is not installed")
+    vision = dict(timm_model_name="container_light_nano", timm_model_pretrained=True, timm_pool="", image_size=128)
+    text = dict(context_length=8, vocab_size=50, width=32, heads=2, layers=1)
+    config = dict(embed_dim=16, vision_cfg=vision | dict(timm_proj="linear"), text_cfg=text)
+    (tmp_path / "CONTAINER.json").write_text(json.dumps(config))
+    open_clip.add_model_config(tmp_path)
+    model, *_ = open_clip.create_model_and_transforms(
+        "CONTAINER", pretrained_image=True, image_mean=MEAN, image_std=STD
+    )
+    x = torch.rand(2, 3, 128, 128)
+    expected = timm.create_model("container_light_nano", pretrained=True, num_classes=0).eval()
+    assert torch.equal(model.eval().visual.trunk(x), expected(x))
+    model.train().set_grad_checkpointing()
+    image, words, scale = model(x, torch.randint(0, 50, (2, 8)))
+    open_clip.ClipLoss()(image, words, scale).backward()
+    assert image.shape == (2, 16) and all(p.grad is not None for p in model.visual.parameters())
+    model.lock_image_tower()
+    assert not any(p.requires_grad for p in model.visual.trunk.parameters())
