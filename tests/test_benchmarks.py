@@ -252,6 +252,7 @@ def test_blocks_of_a_model(name, blocks):
         assert len(speed.repeated(timm.create_model(name))) == blocks
 
 
+@pytest.mark.slow
 def test_equal_blocks_are_compiled_once():
     """Thirteen blocks, fewer graphs; and eager mode's answers."""
     torch._dynamo.utils.counters.clear()
@@ -388,6 +389,7 @@ def test_bounds_of_another_device(tmp_path, capsys):
     assert "| an image " in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_roofline_command(tmp_path, monkeypatch, capsys):
     words = ["--batch-size", 1, "--img-size", 64, "--rounds", 2, "--seconds", 0, "--device", "cpu", "--out", tmp_path]
     monkeypatch.setattr(roofline, "limits", functools.partial(roofline.limits, rounds=1))
@@ -480,6 +482,7 @@ def test_kernels_command(tmp_path):
     assert "container_light_nano:amp:" in done.stdout
 
 
+@pytest.mark.slow
 def test_kernels_of_openvino(tmp_path):
     """Each node once a call: every block has two depthwise convolutions."""
     words = [

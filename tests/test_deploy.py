@@ -70,8 +70,10 @@ no_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason='pip install "container-timm[executorch]"'
 )
 FORMATS = [
-    pytest.param(format, marks=(no_executorch, pytest.mark.slow)) if format == "executorch" else format
-    for format in deploy.FORMATS
+    "onnx",
+    "torchscript",
+    *(pytest.param(format, marks=pytest.mark.slow) for format in ("openvino", "pt2")),
+    pytest.param("executorch", marks=(no_executorch, pytest.mark.slow)),
 ]
 
 
@@ -108,7 +110,12 @@ def test_maps_in_place_of_logits(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "format", ["onnx", "torchscript", pytest.param("executorch", marks=(no_executorch, pytest.mark.slow))]
+    "format",
+    [
+        "torchscript",
+        pytest.param("onnx", marks=pytest.mark.slow),
+        pytest.param("executorch", marks=(no_executorch, pytest.mark.slow)),
+    ],
 )
 @pytest.mark.parametrize("name", ["container_nano", pytest.param("container_mixer", marks=pytest.mark.slow)])
 def test_other_members(name, format, tmp_path):

@@ -160,6 +160,7 @@ def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
 
+@pytest.mark.slow
 def test_pictures_from_the_command(photo, tmp_path, capsys):
     """With trained weights: not blank, the same twice, another at another token."""
     name = "container_light_nano_32.cifar10"

@@ -76,10 +76,15 @@ def test_every_output_is_the_model_s():
     assert difference(fused(x), unfused(x)) < 1e-5
 
 
-@pytest.mark.parametrize("name", ["container_nano", "resnet18"])
-def test_1x1_convolutions_as_linear_layers(name):
-    """The answers and gradients of the same parameters, by products; compilers and exporters see convolutions."""
-    plain = timm.create_model(name, num_classes=10).eval()
+@pytest.mark.parametrize(
+    "name, options, pointwise", [("container_nano", dict(depths=(1, 1, 1, 1)), 4 * 5), ("resnet18", {}, 0)]
+)
+def test_1x1_convolutions_as_linear_layers(name, options, pointwise):
+    """The answers and gradients of the same parameters, by products; compilers and exporters see convolutions.
+
+    The 1x1 convolutions of resnet18 have a stride, so they stay.
+    """
+    plain = timm.create_model(name, num_classes=10, **options).eval()
     other, x = copy.deepcopy(plain), torch.randn(2, 3, 64, 64)
     as_linear(other)
     for network in (plain, other):
@@ -89,7 +94,6 @@ def test_1x1_convolutions_as_linear_layers(name):
     for network in (other, copy.deepcopy(other), pickle.loads(pickle.dumps(other))):
         with torch.no_grad():
             graph = str(make_fx(network)(x).graph)
-        pointwise = {"container_nano": 13 * 5, "resnet18": 0}[name]  # resnet18's have a stride
         assert graph.count("aten.addmm.default") == pointwise + 1  # the classifier
     exported = str(torch.export.export(other, (x,)).graph)
     assert exported.count("aten.conv2d.default") == sum(isinstance(m, nn.Conv2d) for m in plain.modules())
@@ -214,6 +218,7 @@ def test_make_fx_records_portable_operators():
     assert "mkldnn" not in graph.code and difference(graph(x), fused(x)) < 1e-6
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_bfloat16_loses_nothing_to_fusing():
     """Packaged weights on pieces of photos: on average, the error in bfloat16 is that of the unfused model.

@@ -113,6 +113,7 @@ def colours(tmp_path_factory):
     return root
 
 
+@pytest.mark.slow
 def test_layers_that_lose_too_much_are_named_and_left_in_float(colours, tmp_path):
     model = Uneven().eval()
     found = deploy.export(model, tmp_path / "m.onnx", "onnx", calibrate=colours, evaluate=colours)
@@ -139,7 +140,7 @@ def worse(model):
     return model
 
 
-@pytest.mark.parametrize("batch", [4, 7])
+@pytest.mark.parametrize("batch", [pytest.param(4, marks=pytest.mark.slow), 7])
 def test_files_of_one_batch_see_all_photos(batch, colours, tmp_path):
     model = Uneven().eval()
     with torch.no_grad():

@@ -74,7 +74,9 @@ if __name__ == "__main__":
 """
 
 
-@pytest.mark.parametrize("how", ["script", "module", "command"])
+@pytest.mark.parametrize(
+    "how", ["script", *(pytest.param(how, marks=pytest.mark.slow) for how in ("module", "command"))]
+)
 def test_processes_that_are_started_know_the_models(how, tmp_path):
     """By spawn and by hand; a process that does not import timm imports nothing."""
     (tmp_path / "folder").mkdir()
@@ -86,6 +88,7 @@ def test_processes_that_are_started_know_the_models(how, tmp_path):
     assert result.stdout == "True [True]\nTrue\nTrue False\n", result.stderr
 
 
+@pytest.mark.slow
 def test_a_sitecustomize_of_the_system_is_still_read(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.said = 'read'\n")
     code = "import sys, sitecustomize, timm; print(sys.said, sitecustomize.__file__, timm.is_model('container_light'))"

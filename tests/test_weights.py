@@ -291,6 +291,7 @@ if __name__ == "__main__":
 """
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not hasattr(os, "fork"), reason="forks, so that torch is imported once")
 def test_eight_processes_at_once(served, place):
     served.pause = 0.01

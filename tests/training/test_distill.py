@@ -175,6 +175,7 @@ def test_views_repeat_and_the_teacher_sees_each_once(distil, monkeypatch):
     monkeypatch.undo()
 
 
+@pytest.mark.slow
 def test_runs_share_views(distil, tmp_path, monkeypatch):
     whole = distil("--view-dir", str(tmp_path / "views"))
     assert not (tmp_path / "output" / "views").exists()
