@@ -58,6 +58,7 @@ def test_parameters_are_matched(name, size):
     assert model.eval()(torch.randn(2, 3, size, size)).shape == (2, 10)
 
 
+@pytest.mark.slow
 def test_members_are_what_they_are_called():
     for name, options in study.MEMBERS.items():
         aggregations = [m for m in study.create(name, 10, 32).modules() if type(m).__name__ == "Aggregation"]

@@ -575,6 +575,7 @@ def test_runs_for_the_data_there_are(tmp_path):
     assert found["bccd-yolov8n-container_light_nano-pretrained-1"].command[-2:] == ("--device", "0")
 
 
+@pytest.mark.slow
 def test_runs_leave_what_they_have(tmp_path):
     """Done, failed, stopped while it goes on, or not begun when the time is over: each is said, results are kept."""
     write = "import pathlib, sys, time; print('at work', flush=True); pathlib.Path(sys.argv[1]).write_text('[1]'); "

@@ -95,6 +95,7 @@ def test_a_file_gives_the_answers_and_says_how_photos_are_prepared(model, format
     assert said["classes"] == class_names(model) and said["channels"] == "RGB" and said["range"] == [0, 1]
 
 
+@pytest.mark.slow
 @torch.no_grad()
 def test_maps_in_place_of_logits(tmp_path):
     backbone = timm.create_model("container_light_nano", features_only=True, num_classes=0).eval()

@@ -720,6 +720,7 @@ def test_a_continued_run_is_checked(here, capsys):
     assert forced == {"lr_base": [0.0005, 0.001]}
 
 
+@pytest.mark.slow
 def test_forced_settings_are_those_that_count(here, tmp_path):
     """A longer schedule, another rate and another decay from here on, not those in the checkpoint."""
     settings = ("--epochs", "5", "--lr-base", "1e-2", "--weight-decay", "0.2")
