@@ -69,12 +69,8 @@ def model():
 no_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason='pip install "container-timm[executorch]"'
 )
-FORMATS = [
-    "onnx",
-    "torchscript",
-    *(pytest.param(format, marks=pytest.mark.slow) for format in ("openvino", "pt2")),
-    pytest.param("executorch", marks=(no_executorch, pytest.mark.slow)),
-]
+MARKS = dict(openvino=pytest.mark.slow, pt2=pytest.mark.slow, executorch=(no_executorch, pytest.mark.slow))
+FORMATS = [pytest.param(format, marks=MARKS.get(format, ())) for format in deploy.FORMATS]
 
 
 @pytest.mark.parametrize("format", FORMATS)

@@ -77,7 +77,12 @@ def test_every_output_is_the_model_s():
 
 
 @pytest.mark.parametrize(
-    "name, options, pointwise", [("container_nano", dict(depths=(1, 1, 1, 1)), 4 * 5), ("resnet18", {}, 0)]
+    "name, options, pointwise",
+    [
+        ("container_nano", dict(depths=(1, 1, 1, 1)), 4 * 5),
+        pytest.param("container_nano", {}, 13 * 5, marks=pytest.mark.slow),
+        ("resnet18", {}, 0),
+    ],
 )
 def test_1x1_convolutions_as_linear_layers(name, options, pointwise):
     """The answers and gradients of the same parameters, by products; compilers and exporters see convolutions.
