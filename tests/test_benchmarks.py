@@ -863,8 +863,10 @@ def test_published_bounds_and_ratios_are_the_measured_ones():
         moved = sum(part["bytes"] for part in row["parts"].values())
         assert f"| {moved / 2**20 / 128:.1f} | {row['sum_of_bounds'] * 1e6 / 128:.1f} |" in page
     rows: dict[str, list[str]] = {}
-    for row in json.loads((folder / "cpu-infer.json").read_text())["rows"][1:]:
-        rows.setdefault(row["model"].partition("_patch4")[0], []).append(f"{np.median(row['faster']):.2f}")
+    for name, kinds in (("cpu-infer", ""), ("cpu-infer-amx", "bf16 int8")):  # the columns, from left to right
+        for row in json.loads((folder / f"{name}.json").read_text())["rows"][1:]:
+            if not kinds or row["entry"].rpartition("+")[2] in kinds.split():
+                rows.setdefault(row["model"].partition("_patch4")[0], []).append(f"{np.median(row['faster']):.2f}")
     lines = page.splitlines()
     for model, ratios in rows.items():
         assert any(line.startswith(f"| `{model}` |") and line.endswith(f"| {' | '.join(ratios)} |") for line in lines)
