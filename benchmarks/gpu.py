@@ -78,11 +78,11 @@ def plan(
     compiled_train = [f"{name}:amp+channels_last{whole}" for name in (OURS[0], PEERS[0])]
     latency = [f"{entry}{more}" for entry in (*ours, *peers) for more in ("", graph)]
     infer += [f"{ours[0]}+max-autotune"]  # the most that compilers can do
-    train += [f"{OURS[0]}:amp+channels_last+linear"]
+    train += [f"{OURS[0]}:amp+channels_last{more}" for more in ("+linear", "+checkpointing", graph, f"+linear{graph}")]
     latency += [f"{ours[0]}+reduce-overhead"]
     if released:
         infer += ["released:amp", "released:amp+channels_last+compile"]
-        train += ["released:amp"]
+        train += ["released:amp", f"released:amp+channels_last{graph}"]
         compiled_train += [f"released:amp+channels_last{whole}"]
         latency += ["released:amp"]
 

@@ -23,6 +23,7 @@ own process. Results are saved after every round. With --budget, the command end
   openvino       OpenVINO; CPU, in float32, or in bfloat16 together with bf16
   int8           with onnx or openvino: matrix products in int8, as in `container export`; inaccurate for random weights
   depthwise      faster gradient of depthwise convolutions, as in train_imagenet.py; training on a CPU
+  checkpointing  blocks recomputed in the backward pass (--grad-checkpointing of train_imagenet.py); training
 
 `released` is the authors' network: `container_v1_light` from the models.py given by --released.
 """
@@ -56,7 +57,7 @@ from .workers import Inline, Worker, end, first_answers
 
 SETTINGS = (
     *("eager", "fused", "channels_last", "bf16", "amp", "linear", "compile", "blocks", "graph", "freeze", "aot"),
-    *("onnx", "openvino", "int8", "depthwise", "max-autotune", "reduce-overhead"),
+    *("onnx", "openvino", "int8", "depthwise", "checkpointing", "max-autotune", "reduce-overhead"),
 )
 MODES = {"max-autotune", "reduce-overhead"}
 COMPILED = {"compile", "blocks", *MODES}
@@ -183,6 +184,8 @@ def prepare(
         raise ValueError(f"{'+'.join(sorted(settings & INFERENCE_ONLY))} is for inference")
     if "depthwise" in settings and (not train or device.type != "cpu"):
         raise ValueError("depthwise is for training on a CPU")
+    if "checkpointing" in settings and not train:
+        raise ValueError("checkpointing is for training")
     if "int8" in settings and not settings & {"onnx", "openvino"}:
         raise ValueError("int8 is for onnx or openvino")
     if "graph" in settings and device.type != "cuda":
@@ -197,6 +200,8 @@ def prepare(
         container.fuse.as_linear(model)
     if "depthwise" in settings:
         speed_up_depthwise(model)
+    if "checkpointing" in settings:
+        model.set_grad_checkpointing()  # type: ignore[operator]
     if "bf16" in settings and "openvino" not in settings:
         model, images = model.bfloat16(), images.bfloat16()
     if "channels_last" in settings:

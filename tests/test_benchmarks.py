@@ -312,6 +312,20 @@ def test_models_tied_to_a_size_follow_it():
     assert model(torch.randn(1, 3, 64, 64)).shape == (1, 1000)
 
 
+def test_checkpointing_keeps_less_for_the_backward_pass():
+    model, images = speed.create("container_light_nano", 64, None), torch.randn(2, 3, 64, 64)
+    kept = {}
+    for setting in ("eager", "checkpointing"):
+        step, _ = speed.prepare(speed.Entry("", (setting,)), model, images, True)
+        sizes: list[int] = []
+        with torch.autograd.graph.saved_tensors_hooks(lambda t, s=sizes: s.append(t.numel()) or t, lambda t: t):
+            step()
+        kept[setting] = sum(sizes)
+    assert kept["checkpointing"] < kept["eager"] / 2
+    with pytest.raises(ValueError, match="checkpointing is for training"):
+        speed.prepare(speed.Entry("", ("checkpointing",)), model, images, False)
+
+
 @pytest.mark.slow
 def test_compiled_and_exported_entries(tmp_path):
     """Point by point the same answers as eager: inductor, its freezing, AOTInductor, ONNX Runtime."""
