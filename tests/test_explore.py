@@ -408,6 +408,12 @@ class Visit:
     def link(self):
         return self.page.locator(".here a").get_attribute("href")
 
+    def choose(self, field, text):
+        """Takes an entry of a list, and waits for the list to have faded: another may have the same entry."""
+        field.click()
+        self.page.get_by_role("option", name=text, exact=True).click()
+        self.page.get_by_role("listbox").wait_for(state="detached")
+
     def button(self, name):
         return self.page.locator("#pane1").get_by_role("button", name=name)
 
@@ -494,10 +500,8 @@ def test_a_link_shows_the_same(visit, models):
 
 @pytest.mark.slow
 def test_another_block_and_another_model(visit, models):
-    def choose(label, text, pane=1):
-        field = visit.page.locator(f"#pane{pane}").get_by_label(label, exact=True)
-        field.click()
-        visit.page.get_by_role("option", name=text, exact=True).click()
+    def choose(label, text):
+        visit.choose(visit.page.locator("#pane1").get_by_label(label, exact=True), text)
 
     visit.until_changed(lambda: choose("Block", "stage 3, block 2"))
     check(visit, models, Pane(NANO, 7), models.first_pixel())
@@ -508,8 +512,7 @@ def test_another_block_and_another_model(visit, models):
     assert "This block has no dynamic affinity." in visit.page.locator("#pane1").inner_text()
     assert visit.button("Attention").is_disabled()
     assert visit.page.locator("#pane2").is_hidden()
-    visit.page.locator("#second input").click()
-    visit.page.get_by_role("option", name=NANO, exact=True).click()
+    visit.choose(visit.page.locator("#second input"), NANO)
     visit.page.wait_for_selector("#pane2 .map[data-kind=dynamic]")
     assert same(visit.map("dynamic", pane=2), sees(models, Pane(NANO, 7), models.first_pixel())["dynamic"])
 
