@@ -681,6 +681,17 @@ def test_the_rate_in_the_tables_is_the_one_used(here, tmp_path, lag):
     assert [row["lr"] for row in steps] == pytest.approx([expected[i] for i in (0, 1, 1, 2, 3, 3)], rel=1e-5)
 
 
+def test_the_bar_has_the_mean_loss_of_the_steps_before(here, tmp_path, monkeypatch):
+    shown = []
+    monkeypatch.setattr("tqdm.tqdm.set_postfix", lambda self, loss, **_: shown.append(loss))
+    here(*PLAIN, "--epochs", "2", "--log-steps", "1")
+    expected = []
+    for epoch in (0, 1):
+        losses = [row["loss"] for row in rows(tmp_path / "output", "steps.csv") if row["epoch"] == epoch]
+        expected += ["-"] + [f"{np.mean(losses[:step]):.3f}" for step in range(1, len(losses))]
+    assert len(shown) > 4 and shown == expected
+
+
 def test_little_shared_memory_is_said_before_the_run(here, monkeypatch):
     """torch's loaders would wait for ever."""
     usage = SimpleNamespace(free=64 * 2**20)

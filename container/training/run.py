@@ -396,9 +396,10 @@ class Run:
         progress.seconds, progress.wait = progress.seconds + row["seconds"], progress.wait + row["wait"]
         scale = self.scaler.scale(torch.ones((), device=loss.device))
         self.pending = Agreement(loss, norm, scale, self.signal.received is not None), row
+        before = progress.step - 1
         self.bar.set_postfix(
             epoch=progress.epoch + 1,
-            loss=f"{progress.loss / max(1, progress.step - 1):.3f}",  # mean of the steps before
+            loss=f"{progress.loss / before:.3f}" if before else "-",  # mean of the steps before
             data_wait=f"{100 * progress.wait / progress.seconds:.0f}%",
             refresh=False,
         )
