@@ -47,6 +47,7 @@ from container.training import (
     describe,
     evaluate,
     join_group,
+    number,
     open_photos,
     open_validation,
     parse_with_recipe,
@@ -56,6 +57,9 @@ from container.training import (
 )
 
 RECIPES = Path(container.training.__file__).parent / "recipes"
+
+COUNT, NATURAL = number(int, "[1, inf)"), number(int, "[0, inf)")
+AMOUNT, SHARE, PART, RATE = (number(float, values) for values in ("[0, inf)", "[0, 1]", "(0, 1]", "[0, 1)"))
 
 
 class Pairs(ParseKwargs):
@@ -91,28 +95,28 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         help="continue the run in --output if there is one; force: even with different settings",
     )
     run.add_argument(
-        "--save-minutes", type=float, default=10.0, help="minutes between checkpoints, besides one every epoch"
+        "--save-minutes", type=AMOUNT, default=10.0, help="minutes between checkpoints, besides one every epoch"
     )
-    run.add_argument("--save-steps", type=int, default=0, help="steps between checkpoints, 0 for none")
+    run.add_argument("--save-steps", type=NATURAL, default=0, help="steps between checkpoints, 0 for none")
     run.add_argument("--wandb", metavar="PROJECT", help="also log to this Weights & Biases project")
-    run.add_argument("--log-steps", type=int, default=50, help="steps between lines in steps.csv")
+    run.add_argument("--log-steps", type=COUNT, default=50, help="steps between lines in steps.csv")
     run.add_argument(
         "--eval", action="store_true", help="evaluate the weights of --checkpoint or --pretrained, and exit"
     )
     run.add_argument(
         "--dry-run",
         nargs="?",
-        type=int,
+        type=COUNT,
         const=1,
         default=0,
         metavar="PROCESSES",
         help="print what the run would cost with this many processes, on any --device, and exit",
     )
     run.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu", help="device to train on")
-    run.add_argument("--seed", type=int, default=0, help="seed for weights, shuffling and augmentation")
-    run.add_argument("--epochs", type=int, help="number of epochs")
-    run.add_argument("--batch-size", type=int, help="images per process and forward pass")
-    run.add_argument("--grad-accum", type=int, help="forward passes per optimizer step")
+    run.add_argument("--seed", type=NATURAL, default=0, help="seed for weights, shuffling and augmentation")
+    run.add_argument("--epochs", type=COUNT, help="number of epochs")
+    run.add_argument("--batch-size", type=COUNT, help="images per process and forward pass")
+    run.add_argument("--grad-accum", type=COUNT, help="forward passes per optimizer step")
     run.add_argument(
         "--amp", choices=("none", *HALF), help="16-bit type for mixed precision; recipes set one for GPUs only"
     )
@@ -135,18 +139,18 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         "--train-split", default="train", help="training split of Hugging Face data, or WebDataset shards"
     )
     data.add_argument("--val-split", default="validation", help="the same for validation")
-    data.add_argument("--num-classes", type=int, help="expected number of classes; required for WebDataset")
+    data.add_argument("--num-classes", type=COUNT, help="expected number of classes; required for WebDataset")
     data.add_argument("--real-labels", help="ImageNet-ReaL's JSON: --eval also reports accuracy on its labels")
-    data.add_argument("--img-size", type=int, help="image size; default: the model's")
+    data.add_argument("--img-size", type=COUNT, help="image size; default: the model's")
     data.add_argument(
-        "--crop-pct", type=float, help="centre crop in evaluation, as a share of the side; default: the model's"
+        "--crop-pct", type=PART, help="centre crop in evaluation, as a share of the side; default: the model's"
     )
     data.add_argument(
-        "--start-size", type=int, help="image size in the first epoch, growing to the full size by the last"
+        "--start-size", type=COUNT, help="image size in the first epoch, growing to the full size by the last"
     )
     data.add_argument(
         "--workers",
-        type=int,
+        type=NATURAL,
         default=default_workers(),
         help="data loading workers per process; default: the process's share of the cores less one, at most 16",
     )
@@ -161,28 +165,31 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument("--pretrained", action="store_true", help="start from the model's pre-trained weights")
     model.add_argument("--checkpoint", help="start from the weights in this file")
     model.add_argument("--model-args", nargs="*", default={}, action=Pairs, help="more model arguments, as KEY=VALUE")
-    model.add_argument("--drop-path", type=float, help="stochastic depth rate of the last block")
+    model.add_argument("--drop-path", type=RATE, help="stochastic depth rate of the last block")
     model.add_argument(
         "--grad-checkpointing", action=switch, help="recompute activations in the backward pass to save memory"
     )
     model.add_argument("--freeze", action=switch, help="train only the classifier")
     model.add_argument(
-        "--ema-decay", type=float, help="decay per step of an average of the weights, evaluated as well; 0 for none"
+        "--ema-decay", type=RATE, help="decay per step of an average of the weights, evaluated as well; 0 for none"
     )
     model.add_argument("--ema-warmup", action=switch, help="start with a smaller decay")
     model.add_argument("--best", choices=("model", "ema"), help="which weights to keep as the best: raw or averaged")
     model.add_argument("--teacher", help="a timm model to distil from")
     model.add_argument("--teacher-checkpoint", help="the teacher's weights; default: its pre-trained ones")
     model.add_argument(
-        "--distill", type=float, default=0.5, help="weight of the teacher in the loss; with 1, labels are not read"
+        "--distill", type=SHARE, default=0.5, help="weight of the teacher in the loss; with 1, labels are not read"
     )
-    model.add_argument("--teacher-size", type=int, help="image size for the teacher; default: the model's")
+    model.add_argument("--teacher-size", type=COUNT, help="image size for the teacher; default: the model's")
     model.add_argument(
-        "--temperature", type=float, default=1.0, help="softmax temperature in the teacher's part of the loss"
+        "--temperature",
+        type=number(float, "(0, inf)"),
+        default=1.0,
+        help="softmax temperature in the teacher's part of the loss",
     )
     model.add_argument(
         "--view-epochs",
-        type=int,
+        type=NATURAL,
         default=0,
         help="repeat the same views after this many epochs, so that the teacher runs once for each",
     )
@@ -190,38 +197,40 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim = parser.add_argument_group("optimization (cosine)")
     optim.add_argument("--opt", help="a timm optimizer")
     optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more optimizer arguments, as KEY=VALUE")
-    optim.add_argument("--lr-base", type=float, help="learning rate for 512 images per step, scaled linearly")
+    optim.add_argument("--lr-base", type=AMOUNT, help="learning rate for 512 images per step, scaled linearly")
     optim.add_argument(
-        "--layer-decay", type=float, help="factor by which the learning rate falls with each stage below the head"
+        "--layer-decay", type=PART, help="factor by which the learning rate falls with each stage below the head"
     )
-    optim.add_argument("--weight-decay", type=float, help="weight decay, of parameters with two or more dimensions")
-    optim.add_argument("--warmup-epochs", type=int, help="epochs of learning rate warm-up")
-    optim.add_argument("--warmup-lr", type=float, help="learning rate at the first step")
-    optim.add_argument("--min-lr", type=float, help="learning rate at the last step")
+    optim.add_argument("--weight-decay", type=AMOUNT, help="weight decay, of parameters with two or more dimensions")
+    optim.add_argument("--warmup-epochs", type=NATURAL, help="epochs of learning rate warm-up")
+    optim.add_argument("--warmup-lr", type=AMOUNT, help="learning rate at the first step")
+    optim.add_argument("--min-lr", type=AMOUNT, help="learning rate at the last step")
     optim.add_argument(
         "--sched-on-updates", action=switch, help="update the learning rate every step instead of every epoch"
     )
     optim.add_argument(
-        "--sched-lag", type=int, default=0, help="epochs by which the learning rate lags behind its schedule"
+        "--sched-lag", type=NATURAL, default=0, help="epochs by which the learning rate lags behind its schedule"
     )
-    optim.add_argument("--clip-grad", type=float, help="maximum gradient norm")
+    optim.add_argument("--clip-grad", type=AMOUNT, help="maximum gradient norm, 0 for none")
     optim.add_argument(
         "--loss", choices=("ce", "bce"), default="ce", help="cross-entropy, or binary cross-entropy per class"
     )
-    optim.add_argument("--smoothing", type=float, help="label smoothing")
+    optim.add_argument("--smoothing", type=RATE, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
-    augment.add_argument("--scale", type=float, nargs=2, help="smallest and largest area of a random crop")
+    augment.add_argument("--scale", type=PART, nargs=2, help="smallest and largest area of a random crop")
     augment.add_argument("--train-interpolation", help="bilinear, bicubic or random; default: the model's")
-    augment.add_argument("--hflip", type=float, help="probability of a horizontal flip")
+    augment.add_argument("--hflip", type=SHARE, help="probability of a horizontal flip")
     augment.add_argument("--aa", help="timm's auto-augment policy, '' for none")
     augment.add_argument(
-        "--color-jitter", type=float, help="strength of colour jitter, used without an auto-augment policy"
+        "--color-jitter", type=AMOUNT, help="strength of colour jitter, used without an auto-augment policy"
     )
-    augment.add_argument("--aug-repeats", type=int, help="augmented copies of each image in an epoch, 0 for no repeats")
-    augment.add_argument("--reprob", type=float, help="probability of random erasing")
-    augment.add_argument("--mixup", type=float, help="alpha of mixup, 0 for none")
-    augment.add_argument("--cutmix", type=float, help="alpha of cutmix, 0 for none")
-    augment.add_argument("--mixup-off-epoch", type=int, help="epoch after which mixup and cutmix stop")
+    augment.add_argument(
+        "--aug-repeats", type=NATURAL, help="augmented copies of each image in an epoch, 0 for no repeats"
+    )
+    augment.add_argument("--reprob", type=SHARE, help="probability of random erasing")
+    augment.add_argument("--mixup", type=AMOUNT, help="alpha of mixup, 0 for none")
+    augment.add_argument("--cutmix", type=AMOUNT, help="alpha of cutmix, 0 for none")
+    augment.add_argument("--mixup-off-epoch", type=NATURAL, help="epoch after which mixup and cutmix stop")
 
     given = parser.parse_args(argv)
     recipe = given.recipe or ("paper" if given.data_dir or given.dataset not in ("", "digits") else "digits")
@@ -245,10 +254,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f"{len(args.data_dir)} folders, but only a teacher's logits (--distill 1) are learned from many"
             )
         args.data_dir = args.data_dir[0]
-    if args.temperature <= 0:
-        parser.error(f"--temperature {args.temperature} is not positive")
-    if not 0 <= args.distill <= 1:
-        parser.error(f"--distill {args.distill} is not in [0, 1]")
     if not (learns_alone(args) or args.eval) and (
         args.exclude or args.view_epochs or args.view_dir or args.teacher_size
     ):
@@ -257,11 +262,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
-    for name in ("epochs", "batch_size", "grad_accum", "img_size", "start_size", "num_classes", "log_steps"):
-        if getattr(args, name) is not None and getattr(args, name) < 1:
-            parser.error(f"--{name.replace('_', '-')} {getattr(args, name)} is not positive")
-    if args.layer_decay is not None and not 0 < args.layer_decay <= 1:
-        parser.error(f"--layer-decay {args.layer_decay} is not in (0, 1]")
+    if args.scale[0] > args.scale[1]:
+        parser.error(f"--scale {args.scale[0]} {args.scale[1]} has the largest area first")
+    args.clip_grad = args.clip_grad or None
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd, but mixup and cutmix mix images in pairs")
     if args.best == "ema" and not args.ema_decay:

@@ -9,7 +9,7 @@ from .distributed import Agreement, StopSignal, join_group
 from .loader import advice, ask_ahead, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import describe, estimate
-from .recipe import parse_with_recipe
+from .recipe import number, parse_with_recipe
 from .report import Report, describe_environment
 from .run import Run, tell_unreadable
 from .seeding import seed_everything
@@ -44,6 +44,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "join_group",
+    "number",
     "open_photos",
     "open_validation",
     "parse_with_recipe",

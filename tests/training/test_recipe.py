@@ -6,7 +6,7 @@ import pytest
 import yaml
 from conftest import ROOT
 
-from container.training import parse_with_recipe
+from container.training import number, parse_with_recipe
 from train_imagenet import parse_args
 
 FOLDER = ROOT / "container" / "training" / "recipes"
@@ -45,18 +45,51 @@ def test_flags_override_the_recipe():
     [
         ("epochs: many", "argument --epochs: invalid int value: 'many'"),
         ("epoch: 3", "recipe mine sets epoch, which is no argument"),
-        (None, "no recipe mine; there are other"),
+        ("epochs: [", "recipe mine is no YAML: while parsing a flow node"),
+        ("", "recipe mine has no lines of KEY: VALUE"),
+        ("3: epochs", "recipe mine has no lines of KEY: VALUE"),
+        ("other: 1", "recipe mine does not set epochs; a whole one is "),
+        (None, "no recipe mine; there are paper"),
     ],
 )
 def test_a_wrong_recipe(tmp_path, capsys, recipe, message):
-    (tmp_path / "other.yaml").write_text("epochs: 1")
+    (tmp_path / "paper.yaml").write_text("epochs: 1\nother: null")
     if recipe is not None:
         (tmp_path / "mine.yaml").write_text(recipe)
     parser = argparse.ArgumentParser()
     parser.add_argument("--epochs", type=int)
+    parser.add_argument("--other", type=int)
     with pytest.raises(SystemExit):
         parse_with_recipe(parser, [], tmp_path, "mine")
     assert message in capsys.readouterr().err.splitlines()[-1]
+
+
+def test_what_a_recipe_leaves_out_may_be_a_flag(tmp_path):
+    paper = yaml.safe_load((FOLDER / "paper.yaml").read_text())
+    (tmp_path / "mine.yaml").write_text(yaml.safe_dump({key: value for key, value in paper.items() if key != "epochs"}))
+    mine = str(tmp_path / "mine.yaml")
+    with pytest.raises(SystemExit):
+        parse_args(["--recipe", mine])
+    args, whole = parse_args(["--recipe", mine, "--epochs", "300"]), parse_args(["--recipe", "paper"])
+    assert {**vars(args), "recipe": "paper"} == vars(whole)
+
+
+@pytest.mark.parametrize(
+    ("values", "inside", "outside"),
+    [
+        ("[0, 1]", ("0", "0.5", "1", "1e-9"), ("-1e-9", "1.1", "nan", "inf")),
+        ("(0, 1)", ("0.5",), ("0", "1")),
+        ("[1, inf)", ("1", "1e30"), ("0.9", "inf", "nan")),
+    ],
+)
+def test_numbers_of_an_interval(values, inside, outside):
+    read = number(float, values)
+    assert [read(text) for text in inside] == [float(text) for text in inside]
+    for text in outside:
+        with pytest.raises(argparse.ArgumentTypeError, match=f"^{text} is not in "):
+            read(text)
+    with pytest.raises(ValueError, match="invalid literal"):
+        number(int, "[0, 9]")("1.5")
 
 
 def test_a_file_is_a_recipe_and_so_are_the_settings_of_a_run(tmp_path, capsys):
