@@ -218,7 +218,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument("--smoothing", type=RATE, help="label smoothing")
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--scale", type=PART, nargs=2, help="smallest and largest area of a random crop")
-    augment.add_argument("--train-interpolation", help="bilinear, bicubic or random; default: the model's")
+    augment.add_argument(
+        "--train-interpolation", choices=("bilinear", "bicubic", "random"), help="of random crops; default: the model's"
+    )
     augment.add_argument("--hflip", type=SHARE, help="probability of a horizontal flip")
     augment.add_argument("--aa", help="timm's auto-augment policy, '' for none")
     augment.add_argument(
@@ -254,10 +256,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f"{len(args.data_dir)} folders, but only a teacher's logits (--distill 1) are learned from many"
             )
         args.data_dir = args.data_dir[0]
-    if not (learns_alone(args) or args.eval) and (
-        args.exclude or args.view_epochs or args.view_dir or args.teacher_size
-    ):
-        parser.error("--exclude, --teacher-size, --view-epochs and --view-dir are for --teacher NAME --distill 1")
+    refuse_unused(parser, args)
     if args.view_epochs and (args.start_size or args.mixup_off_epoch):
         parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
@@ -280,6 +279,25 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         print(f"{args.model} has no stochastic depth: the recipe's drop_path {args.drop_path} is not used")
         args.drop_path = 0.0
     return args
+
+
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
+    """Refuses settings that would have no effect, as they belong to data or a mode that is not asked for."""
+    kind = args.dataset.split("/")[0].lower()
+    for used, owner, names in (
+        (kind in ("hfds", "wds"), "--dataset hfds/NAME and wds/", ("train_split", "val_split")),
+        (kind != "digits", "other data than digits", ("data_dir",)),
+        (args.teacher, "--teacher NAME", ("teacher_checkpoint", "distill", "temperature")),
+        (
+            learns_alone(args) or args.eval,
+            "--teacher NAME --distill 1",
+            ("exclude", "teacher_size", "view_epochs", "view_dir"),
+        ),
+        (args.eval, "--eval", ("real_labels",)),
+    ):
+        for name in names:
+            if not used and getattr(args, name) != parser.get_default(name):
+                parser.error(f"--{name.replace('_', '-')} is for {owner}")
 
 
 def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[str]]:

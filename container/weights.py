@@ -261,16 +261,31 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
         if use_ema is None and is_released(state_dict):
             state_dict = load_state_dict(str(path), use_ema=False)
     except Exception as error:  # parsers raise nearly anything for damaged or foreign files
-        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-        if isinstance(error, EOFError | KeyError):  # of the unpickler, with an opcode for a message
-            reason = "it is neither safetensors nor a torch file"
-        raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {reason}") from error
+        raise RuntimeError(f"{path} is not a checkpoint that can be loaded: {_reason(Path(path), error)}") from error
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise RuntimeError(f"{path} is not a state dict of tensors: {key} is a {type(tensor).__name__}")
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{path}: {key} has {(~torch.isfinite(tensor)).sum()} numbers that are NaN or infinite")
     return state_dict
+
+
+def _reason(path: Path, error: Exception) -> str:
+    with path.open("rb") as file:
+        head = file.read(9)
+    if path.suffix != ".safetensors" and head[8:] == b"{":
+        return "it is safetensors, so its name must end in .safetensors"
+    if (
+        isinstance(error, EOFError | IndexError | KeyError)
+        or (  # the unpickler's messages are opcodes
+            path.suffix != ".safetensors" and head[:1] not in (b"P", b"\x80")  # a zip file or a pickle
+        )
+    ):
+        return "it is neither safetensors nor a torch file"
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    if "weights_only" in reason:  # of torch or timm, which advise to load it all the same
+        return "besides tensors and plain values it has Python objects, which could run code"
+    return reason
 
 
 def class_names(path: str | Path) -> list[str] | None:

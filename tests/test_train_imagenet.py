@@ -428,6 +428,17 @@ def test_wandb(here, tmp_path, monkeypatch):
         here("--wandb", "project")
 
 
+@pytest.mark.slow
+def test_wandb_without_an_account(tmp_path, monkeypatch):
+    pytest.importorskip("wandb", reason="wandb is not installed")
+    monkeypatch.setenv("WANDB_MODE", "online")
+    monkeypatch.setenv("NETRC", str(tmp_path / "none"))
+    monkeypatch.delenv("WANDB_API_KEY", raising=False)
+    result = run("--recipe", "smoke", "--wandb", "project", "--output", "online", cwd=tmp_path)
+    assert result.returncode == 1 and "Traceback" not in result.stderr
+    assert result.stderr.splitlines()[-1].startswith("train_imagenet.py: --wandb project: No API key configured")
+
+
 def test_a_run_s_folder_is_a_model_of_timm_s(here, folder, tmp_path, capsys):
     """With its classes, its image size, and what evaluation sees of an image."""
     here("--img-size", "64", "--crop-pct", "0.7", *PLAIN)
@@ -828,7 +839,12 @@ def test_cifar10(tmp_path):
         (None, ["--checkpoint", "none.pth"], "no checkpoint at none.pth"),
         (None, ["--eval"], "--eval needs --checkpoint FILE or --pretrained"),
         (None, ["--teacher", "test_convnext"], "test_convnext knows 1000 classes, and the data has 2"),
-        (None, ["--view-epochs", "2"], "are for --teacher NAME --distill 1"),
+        (None, ["--view-epochs", "2"], "--view-epochs is for --teacher NAME --distill 1"),
+        (None, ["--teacher-checkpoint", "x"], "--teacher-checkpoint is for --teacher NAME"),
+        (None, ["--val-split", "train"], "--val-split is for --dataset hfds/NAME and wds/"),
+        (None, ["--dataset", "digits"], "--data-dir is for other data than digits"),
+        (None, ["--real-labels", "real.json"], "--real-labels is for --eval"),
+        (None, ["--train-interpolation", "x"], "argument --train-interpolation: invalid choice: 'x'"),
         (None, ["--distill", "1.5"], "--distill: 1.5 is not in [0, 1]"),
         (None, ["--smoothing", "1"], "--smoothing: 1 is not in [0, 1)"),
         (None, ["--drop-path", "1.5"], "--drop-path: 1.5 is not in [0, 1)"),

@@ -4,6 +4,7 @@ import argparse
 import io
 import json
 import os
+import pickle
 import subprocess
 import sys
 from functools import partial
@@ -189,7 +190,9 @@ def test_fetch(share, place):
             "",
             r"head.fc.bias \(21,\) for \(1000,\)",
         ),
-        (PACKAGED.read_bytes(), "", "is not a checkpoint that can be loaded"),
+        (PACKAGED.read_bytes(), "", "can be loaded: it is safetensors, so its name must end in .safetensors"),
+        (b'{"top1": 1}', "", "can be loaded: it is neither safetensors nor a torch file"),
+        (pickle.dumps(print), "", "it has Python objects, which could run code"),
     ],
 )
 def test_fetch_takes_nothing_else(share, place, content, error, message):

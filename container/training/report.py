@@ -62,13 +62,13 @@ class Report:
 
     Raises:
         ImportError: wandb is not installed.
+        ValueError: W&B does not start a run.
     """
 
     def __init__(
         self, folder: Path, first: int, wandb: str | None = None, settings: dict[str, Any] | None = None
     ) -> None:
         self.folder = folder
-        self.events = _events(folder / "tensorboard", first)
         self.wandb: Any = None
         if wandb is not None:
             try:
@@ -76,9 +76,13 @@ class Report:
             except ImportError as error:
                 raise ImportError("--wandb needs the client: pip install wandb") from error
             name = f"{folder.name}-{hashlib.sha256(str(folder.resolve()).encode()).hexdigest()[:8]}"
-            self.wandb = client.init(
-                project=wandb, dir=folder, id=name, name=folder.name, resume="allow", config=settings
-            )
+            try:
+                self.wandb = client.init(
+                    project=wandb, dir=folder, id=name, name=folder.name, resume="allow", config=settings
+                )
+            except client.Error as error:  # no account, no network
+                raise ValueError(f"--wandb {wandb}: {error}") from error
+        self.events = _events(folder / "tensorboard", first)
 
     def write(self, history: list[dict[str, float]], summary: dict[str, Any]) -> None:
         """Updates all files and logs. The CSV and JSON files are replaced atomically.
