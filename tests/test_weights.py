@@ -519,6 +519,16 @@ def test_the_file_that_no_wheel_has_lies_in_a_checkout_or_in_the_users_folder(pl
 
 
 @pytest.mark.slow
+def test_an_editable_install_runs_the_checkout(tmp_path):
+    """A copy of the training script beside it would stay as it was on the day of the installation."""
+    pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check", "install", "--no-deps"]
+    command = [*pip, "--ignore-installed", "--prefix", tmp_path, "--editable", ROOT]
+    subprocess.run(command, check=True, timeout=300)
+    (link,) = tmp_path.rglob("*.pth")
+    assert set(link.read_text().split()) == {str(ROOT)} and list(tmp_path.rglob("train_imagenet.py")) == []
+
+
+@pytest.mark.slow
 def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     """Built, installed without the repository around it, and used from an empty folder."""
     pip = [sys.executable, "-m", "pip", "--quiet", "--disable-pip-version-check"]
