@@ -61,6 +61,19 @@ RECIPES = Path(container.training.__file__).parent / "recipes"
 COUNT, NATURAL = number(int, "[1, inf)"), number(int, "[0, inf)")
 AMOUNT, SHARE, PART, RATE = (number(float, values) for values in ("[0, inf)", "[0, 1]", "(0, 1]", "[0, 1)"))
 
+# Arguments of models and optimizers that are not for --model-args and --opt-args, and what sets them.
+OWNERS = {
+    "--model-args": {
+        "pretrained": "--pretrained",
+        "checkpoint_path": "--checkpoint",
+        "drop_path_rate": "--drop-path",
+        "img_size": "--img-size",
+        "in_chans": "the data",
+        "num_classes": "the data",
+    },
+    "--opt-args": {"lr": "--lr-base", "weight_decay": "--weight-decay", "layer_decay": "--layer-decay"},
+}
+
 
 class Pairs(ParseKwargs):
     """KEY=VALUE ..., as timm reads them."""
@@ -69,6 +82,9 @@ class Pairs(ParseKwargs):
         """Refuses what is none, in one line."""
         if odd := [value for value in values if not value.partition("=")[1]]:
             parser.error(f"{option} {odd[0]} is not KEY=VALUE")
+        for key, owner in OWNERS[option or ""].items():
+            if any(value.startswith(f"{key}=") for value in values):
+                parser.error(f"{option} {key} is set by {owner}")
         super().__call__(parser, namespace, values, option)
         pairs = {
             key: list(part) if isinstance(part, tuple) else part for key, part in getattr(namespace, self.dest).items()
@@ -275,6 +291,10 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     for name in filter(None, (args.model, args.teacher)):
         if not timm.is_model(name):
             parser.error(f"unknown model {name}; this package has {', '.join(timm.list_models('container*'))}")
+        try:
+            get_pretrained_cfg(name)
+        except RuntimeError as error:  # no such tag
+            parser.error(str(error))
     if given.drop_path is None and args.drop_path and not _has_drop_path(args.model):
         print(f"{args.model} has no stochastic depth: the recipe's drop_path {args.drop_path} is not used")
         args.drop_path = 0.0
