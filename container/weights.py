@@ -275,12 +275,9 @@ def _reason(path: Path, error: Exception) -> str:
         head = file.read(9)
     if path.suffix != ".safetensors" and head[8:] == b"{":
         return "it is safetensors, so its name must end in .safetensors"
-    if (
-        isinstance(error, EOFError | IndexError | KeyError)
-        or (  # the unpickler's messages are opcodes
-            path.suffix != ".safetensors" and head[:1] not in (b"P", b"\x80")  # a zip file or a pickle
-        )
-    ):
+    opcode = isinstance(error, EOFError | IndexError | KeyError)  # the unpickler's messages
+    torch_file = head[:1] in (b"P", b"\x80")  # a zip file or a pickle
+    if opcode or (path.suffix != ".safetensors" and not torch_file):
         return "it is neither safetensors nor a torch file"
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
     if "weights_only" in reason:  # of torch or timm, which advise to load it all the same

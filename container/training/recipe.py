@@ -13,6 +13,7 @@ __all__ = ["number", "parse_with_recipe"]
 
 # Settings in a run's `args.yaml` that apply to that run only.
 _NO_SETTINGS = ("recipe", "output", "resume", "eval", "dry_run", "device")
+_OFF = ("aa", "ema_decay")  # settings of `paper` that null turns off
 
 
 def number(kind: type[int] | type[float], values: str) -> Callable[[str], Any]:
@@ -81,7 +82,7 @@ def parse_with_recipe(
             flags += [flag, *map(str, value if isinstance(value, list) else [value])]
     args = parser.parse_args([*flags, *(sys.argv[1:] if argv is None else argv)])
     paper = yaml.safe_load((folder / "paper.yaml").read_text(encoding="utf-8"))
-    needed = [key for key, value in paper.items() if value is not None and key not in settings]
+    needed = [key for key, value in paper.items() if value is not None and not (key in _OFF and key in settings)]
     if missing := [key for key in needed if getattr(args, key) is None]:
         parser.error(f"recipe {name} does not set {', '.join(missing)}; a whole one is {folder / 'paper.yaml'}")
     return args

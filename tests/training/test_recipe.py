@@ -48,6 +48,7 @@ def test_flags_override_the_recipe():
         ("epochs: [", "recipe mine is no YAML: while parsing a flow node"),
         ("", "recipe mine has no lines of KEY: VALUE"),
         ("3: epochs", "recipe mine has no lines of KEY: VALUE"),
+        ("epochs: null", "recipe mine does not set epochs; a whole one is "),
         ("other: 1", "recipe mine does not set epochs; a whole one is "),
         (None, "no recipe mine; there are paper"),
     ],
