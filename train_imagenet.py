@@ -98,7 +98,11 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     Args:
         argv: Arguments, or None for those of the process.
     """
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser = argparse.ArgumentParser(
+        usage="%(prog)s [--data-dir DIR] [--recipe NAME] [OPTION ...]",
+        description=__doc__,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
     switch = argparse.BooleanOptionalAction
     run = parser.add_argument_group("run")
     run.add_argument("--recipe", help="settings: the name of one in container/training/recipes/, or a YAML file")

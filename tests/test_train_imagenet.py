@@ -893,7 +893,10 @@ def test_a_mistake_is_answered_in_one_line(folder, tmp_path, monkeypatch, capsys
     with pytest.raises(SystemExit) as exit:
         main(["--data-dir", str(folder), *SMALL, *arguments])
     # What the interpreter prints for the exit: its argument, unless argparse has printed a line already.
-    line = capsys.readouterr().err.splitlines()[-1] if exit.value.code == 2 else exit.value.code
+    line = exit.value.code
+    if line == 2:
+        usage, line = capsys.readouterr().err.splitlines()
+        assert usage.startswith("usage: ")
     assert message in line and "\n" not in line
 
 
