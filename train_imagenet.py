@@ -191,7 +191,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     model.add_argument("--freeze", action=switch, help="train only the classifier")
     model.add_argument(
-        "--ema-decay", type=RATE, help="decay per step of an average of the weights, evaluated as well; 0 for none"
+        "--ema-decay", type=SHARE, help="decay per step of an average of the weights, evaluated as well; 0 for none"
     )
     model.add_argument("--ema-warmup", action=switch, help="start with a smaller decay")
     model.add_argument("--best", choices=("model", "ema"), help="which weights to keep as the best: raw or averaged")
