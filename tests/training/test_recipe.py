@@ -38,6 +38,7 @@ def test_flags_override_the_recipe():
     args = parse_args(["--data-dir", "imagenet", "--lr-base", "1e-3", "--scale", "0.5", "0.9", "--sched-on-updates"])
     assert (args.lr_base, args.scale, args.sched_on_updates, args.epochs) == (1e-3, [0.5, 0.9], True, 300)
     assert parse_args([]).recipe == "digits" and parse_args([]).aa is None
+    assert parse_args(["--recipe", "modern", "--clip-grad", "0"]).clip_grad is None
 
 
 @pytest.mark.parametrize(
