@@ -276,7 +276,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
                 f"{len(args.data_dir)} folders, but only a teacher's logits (--distill 1) are learned from many"
             )
         args.data_dir = args.data_dir[0]
-    refuse_unused(parser, args)
+    refuse_unused(parser, args, given)
     if args.view_epochs and (args.start_size or args.mixup_off_epoch):
         parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
@@ -305,8 +305,14 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return args
 
 
-def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> None:
-    """Refuses settings that would have no effect, as they belong to data or a mode that is not asked for."""
+def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, given: argparse.Namespace) -> None:
+    """Refuses settings that would have no effect, as they belong to data or a mode that is not asked for.
+
+    Args:
+        parser: The argument parser.
+        args: Settings of the recipe and the command line.
+        given: Those of the command line alone. In an evaluation they count, as the data need not be the run's.
+    """
     kind = args.dataset.split("/")[0].lower()
     for used, owner, names in (
         (kind in ("hfds", "wds"), "--dataset hfds/NAME and wds/", ("train_split", "val_split")),
@@ -320,7 +326,7 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace) -> 
         (args.eval, "--eval", ("real_labels",)),
     ):
         for name in names:
-            if not used and getattr(args, name) != parser.get_default(name):
+            if not used and getattr(given if args.eval else args, name) != parser.get_default(name):
                 parser.error(f"--{name.replace('_', '-')} is for {owner}")
 
 

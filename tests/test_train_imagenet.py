@@ -934,6 +934,19 @@ def test_a_checkpoint_of_a_run_is_evaluated_by_its_name_alone(here, capsys):
     assert f"{top1:.2f} % top-1" in out and "12 images of 2 classes at 48 x 48" in out
 
 
+def test_a_run_on_shards_is_evaluated_on_a_folder(tmp_path, capsys):
+    """Names of the run's splits do not matter there; those that one gives oneself would."""
+    settings = vars(
+        parse_args(["--data-dir", "d", "--dataset", "wds/", "--num-classes", "2", "--val-split", "x-0.tar|9"])
+    )
+    (tmp_path / "args.yaml").write_text(yaml.safe_dump(settings))
+    words = ["--eval", "--checkpoint", str(tmp_path / "best.safetensors"), "--data-dir", "f", "--dataset", ""]
+    assert parse_args(words).model == settings["model"]
+    with pytest.raises(SystemExit):
+        parse_args([*words, "--val-split", "train"])
+    assert capsys.readouterr().err.endswith("--val-split is for --dataset hfds/NAME and wds/\n")
+
+
 @pytest.mark.parametrize("name", ["resnet18", "container_light_nano"])
 def test_a_checkpoint_of_which_little_fits_is_refused(folder, tmp_path, name):
     """timm itself begins such a run with random weights; half of a checkpoint is as wrong as nothing of it."""
