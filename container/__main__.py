@@ -253,6 +253,9 @@ def _predict(args: argparse.Namespace) -> None:
             name, p = classes[0]
             figures.draw_affinities(open_photo(photo), model, file, f"{args.model}: {name}, {100 * p:.1f} %")
             print(file)
+    cfg = getattr(model, "pretrained_cfg", {})
+    if not args.checkpoint and (line := zoo.accuracy(f"{cfg.get('architecture')}.{cfg.get('tag')}")):
+        print(line)
 
 
 def _check_matplotlib() -> None:

@@ -21,7 +21,7 @@ from . import weights
 from .container import default_cfgs
 from .files import write_atomically
 
-__all__ = ["card", "columns", "convert", "export", "fetch", "table", "verify"]
+__all__ = ["accuracy", "card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
 def table(markdown: bool = False) -> str:
@@ -36,17 +36,15 @@ def table(markdown: bool = False) -> str:
         model = timm.create_model(architecture, pretrained_cfg=tag, device="meta").eval()
         with FlopCounterMode(display=False) as counter:
             model(torch.empty(1, *size, device="meta"))
-        trained = _summary(weights.manifest().get(f"{architecture}.{tag}"), markdown)
-        for name, record in weights.manifest().items():
-            if name != f"{architecture}.{tag}" and record["architecture"] == architecture:
-                trained += f"; also `{record['tag']}`" if markdown else f"; also {record['tag']}"
+        records = [record for record in weights.manifest().values() if record["architecture"] == architecture]
+        records.sort(key=lambda record: record["tag"] != tag)  # the default first
         rows.append(
             (
                 f"`{architecture}`" if markdown else architecture,
                 f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
                 f"{counter.get_total_flops() / 2e9:.2f}",
                 f"{size[-1]} px",
-                trained,
+                "; also ".join(_summary(record, markdown) for record in records) or "none yet",
                 _first_sentence(architecture),
             )
         )
@@ -69,14 +67,31 @@ def _first_sentence(architecture: str) -> str:
     return doc.rstrip(".")
 
 
-def _summary(record: dict[str, Any] | None, markdown: bool = False) -> str:
-    if record is None:
-        return "none yet"
+def _summary(record: dict[str, Any], markdown: bool = False) -> str:
     tag = f"`{record['tag']}`" if markdown else record["tag"]
-    top1 = next(
-        (f": {r['value']} % ({r['data']}; {r['measured_by']})" for r in record["results"] if r["metric"] == "top1"), ""
-    )
-    return f"{tag}{top1}{'' if record['status'] == 'available' else '; ' + record['status']}"
+    top1, *_ = [f": {r['value']} % ({_data(r)})" for r in record["results"] if r["metric"] == "top1"] or [""]
+    return f"{tag}{top1}{'' if record['status'] == 'available' else ', ' + record['status']}"
+
+
+def _data(result: dict[str, Any]) -> str:
+    """Returns what a result was measured on, and by whom if not by us."""
+    by = result["measured_by"]
+    return result["data"] if by == "the authors of this package" else f"{result['data']}; {by}"
+
+
+def accuracy(name: str) -> str:
+    """Returns one line that says how often the weights are right, or '' if their record does not.
+
+    Args:
+        name: `architecture.tag`; there need not be such a record.
+    """
+    results = weights.record(name)["results"] if name in weights.names() else []
+    top1: dict[str, Any] = next((r for r in results if r["metric"] == "top1"), {})
+    if not top1:
+        return ""
+    line = f"{name} is right for {top1['value']} % of {_data(top1)}"
+    top5: list[float] = [r["value"] for r in results if r["metric"] == "top5" and r["data"] == top1["data"]]
+    return f"{line}, and names the right class among five for {top5[0]} %" if top5 else line
 
 
 def verify(name: str) -> tuple[Path, str]:
