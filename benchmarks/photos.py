@@ -14,8 +14,8 @@ import os
 import shutil
 import sys
 from collections import Counter
-from collections.abc import Callable, Collection, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from collections.abc import Collection
+from concurrent.futures import Executor, ThreadPoolExecutor
 from fnmatch import fnmatch
 from functools import partial
 from pathlib import Path
@@ -122,52 +122,84 @@ def hash_file(path: Path) -> int:
         return hash_photo(open_rgb(file))
 
 
-def nearest(hashes: np.ndarray, evaluated: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+def find_nearest(hashes: list[int], evaluated: list[int]) -> list[tuple[int, int]]:
     """Finds for every photo the evaluated photo that is most alike.
 
     Args:
-        hashes: Hashes of photos, uint64.
-        evaluated: Hashes of the photos that models are evaluated on, uint64.
+        hashes: Hashes of photos.
+        evaluated: Hashes of the photos that models are evaluated on.
 
     Returns:
-        Index of that photo, and the number of bits by which the two differ, each of shape (photos,).
+        For each photo, the index of that photo and the number of bits in which the two hashes differ.
     """
-    indices, distances = [], []
-    for part in np.array_split(hashes, max(1, len(hashes) * len(evaluated) // 10**8)):
-        bits = np.bitwise_count(part[:, None] ^ evaluated[None])
-        indices.append(bits.argmin(axis=1))
-        distances.append(bits.min(axis=1))
-    return np.concatenate(indices), np.concatenate(distances)
+    others = np.array(evaluated, dtype=np.uint64)
+    found: list[tuple[int, int]] = []
+    for i in range(0, len(hashes), 1000):
+        bits = np.bitwise_count(np.array(hashes[i : i + 1000], dtype=np.uint64)[:, None] ^ others)
+        found += zip(bits.argmin(axis=1).tolist(), bits.min(axis=1).tolist(), strict=True)
+    return found
 
 
-def place_photo(colour_only: bool, paths: tuple[Path, Path]) -> int | None:
+def place_photo(paths: tuple[Path, Path], colour_only: bool) -> int | str:
     """Copies a photo, shrunk if it is large.
 
     Args:
-        colour_only: Whether to leave out a grey photo.
         paths: The photo, and where its copy goes. The copy of a shrunk photo is a JPEG file.
+        colour_only: Whether to leave out a grey photo.
 
     Returns:
-        Its hash, or None for a photo that is left out.
+        Its hash, or why it is left out: `grey` or `unreadable`.
     """
-    source, target = paths
-    with source.open("rb") as file:
-        image = open_rgb(file)
+    photo, copy = paths
+    try:
+        with photo.open("rb") as file:
+            image = open_rgb(file)
+    except Exception:  # Pillow's decoders raise nearly anything for a damaged file
+        return "unreadable"
     if colour_only and is_grey(image):
-        return None
-    target.parent.mkdir(parents=True, exist_ok=True)
+        return "grey"
+    copy.parent.mkdir(parents=True, exist_ok=True)
     if (share := SHORT_SIDE / min(image.size)) < 1:
         size = (round(image.width * share), round(image.height * share))
-        image.resize(size, Image.Resampling.LANCZOS).save(target, "JPEG", quality=QUALITY)
+        image.resize(size, Image.Resampling.LANCZOS).save(copy, "JPEG", quality=QUALITY)
     else:
-        shutil.copyfile(source, target)
+        shutil.copyfile(photo, copy)
     return hash_photo(image)
 
 
-def pairs_of(source: Path, paths: list[Path], out: Path, name: str) -> Iterator[tuple[Path, Path]]:
-    """Yields each photo of a source and the path of its copy."""
-    for i, path in enumerate(paths):
-        yield source / path, out / ("val" if i % HELD_OUT == 0 else "train") / name / path
+def copy_photos(
+    source: Source, name: str, folder: Path, photos: list[Path], out: Path, evaluated: dict[Path, int], pool: Executor
+) -> tuple[Counter[str], list[tuple[Path, Path, int]]]:
+    """Copies the photos of a source, but no near-duplicates of evaluated ones.
+
+    Args:
+        source: The source.
+        name: Its name, which becomes a folder in `train` and in `val`.
+        folder: The folder of its photos.
+        photos: Their paths in it.
+        out: Folder to write to.
+        evaluated: Hashes of the photos that models are evaluated on.
+        pool: Threads to work in.
+
+    Returns:
+        Number of photos by what became of them, and for each near-duplicate its path, that of the evaluated photo, and
+        the number of bits in which their hashes differ.
+    """
+    parts = ["val" if i % HELD_OUT == 0 else "train" for i in range(len(photos))]
+    copies = [out / part / name / photo for part, photo in zip(parts, photos, strict=True)]
+    pairs = [(folder / photo, copy) for photo, copy in zip(photos, copies, strict=True)]
+    place = partial(place_photo, colour_only=source.colour_only)
+    fates = dict(zip(copies, pool.map(place, pairs), strict=True))
+    counts = Counter(fate for fate in fates.values() if isinstance(fate, str))
+    hashes = {copy: fate for copy, fate in fates.items() if isinstance(fate, int)}
+    others = list(evaluated)
+    near = []
+    for copy, (index, bits) in zip(hashes, find_nearest(list(hashes.values()), list(evaluated.values())), strict=True):
+        if bits <= NEAR:
+            near.append((copy.relative_to(out), others[index], bits))
+            copy.unlink()
+    counts.update({"taken": len(hashes) - len(near), "near-duplicates": len(near)})
+    return counts, near
 
 
 def main(argv: list[str] | None = None) -> None:
@@ -181,7 +213,7 @@ def main(argv: list[str] | None = None) -> None:
         "--evaluated", type=Path, nargs="+", required=True, metavar="FOLDER", help="folders of photos to evaluate on"
     )
     parser.add_argument("--out", type=Path, required=True, metavar="PHOTOS", help="folder to write; it must be new")
-    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="processes; default: one per core")
+    parser.add_argument("--workers", type=int, default=os.cpu_count() or 1, help="threads; default: one per core")
     args = parser.parse_args(argv)
     if unknown := sorted(set(args.names) - set(SOURCES)):
         parser.error(f"no source {unknown[0]}: there are {', '.join(SOURCES)}")
@@ -198,28 +230,24 @@ def main(argv: list[str] | None = None) -> None:
         evaluated += [tiny / path for path in list_photos(tiny) if path.parts[0] in held_out]
     except OSError as error:
         raise SystemExit(f"benchmarks: {error}") from None
-    counts: Counter[str] = Counter()
-    with ProcessPoolExecutor(args.workers) as pool:
-        known = np.array(list(pool.map(hash_file, evaluated, chunksize=64)), dtype=np.uint64)
+    total = 0
+    with ThreadPoolExecutor(args.workers) as pool:
+        hashes = dict(zip(evaluated, pool.map(hash_file, evaluated), strict=True))
         args.out.mkdir(parents=True)
         with (args.out / "near-duplicates.csv").open("w", newline="", encoding="utf-8") as file:
             table = csv.writer(file)
             table.writerow(["photo", "evaluated", "bits"])
-            for name, paths in photos.items():
-                pairs = list(pairs_of(args.sources / SOURCES[name].folder, paths, args.out, name))
-                place: Callable[[tuple[Path, Path]], int | None] = partial(place_photo, SOURCES[name].colour_only)
-                hashes = list(pool.map(place, pairs, chunksize=64))
-                placed = [(target, value) for (_, target), value in zip(pairs, hashes, strict=True) if value is not None]
-                indices, bits = nearest(np.array([value for _, value in placed], dtype=np.uint64), known)
-                near = bits <= NEAR
-                for (target, _), index, distance in zip(*([*placed], indices, bits), strict=True):
-                    if distance <= NEAR:
-                        table.writerow([target.relative_to(args.out), evaluated[index], distance])
-                        target.unlink()
-                counts[name] = len(placed) - int(near.sum())
-                grey = len(paths) - len(placed)
-                print(f"{name}: {counts[name]} photos, {near.sum()} near-duplicates left out, {grey} grey", flush=True)
-    print(f"{counts.total()} photos in {args.out}", file=sys.stderr)
+            for name in names:
+                source = SOURCES[name]
+                folder = args.sources / source.folder
+                counts, near = copy_photos(source, name, folder, photos[name], args.out, hashes, pool)
+                table.writerows(near)
+                total += counts.pop("taken")
+                left_out = ", ".join(f"{count} {fate}" for fate, count in counts.items() if count)
+                print(
+                    f"{name} ({source.terms}): {len(photos[name])} photos, left out: {left_out or 'none'}", flush=True
+                )
+    print(f"{total} photos in {args.out}", file=sys.stderr)
 
 
 if __name__ == "__main__":

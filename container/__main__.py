@@ -254,7 +254,7 @@ def _predict(args: argparse.Namespace) -> None:
             figures.draw_affinities(open_photo(photo), model, file, f"{args.model}: {name}, {100 * p:.1f} %")
             print(file)
     cfg = getattr(model, "pretrained_cfg", {})
-    if not args.checkpoint and (line := zoo.accuracy(f"{cfg.get('architecture')}.{cfg.get('tag')}")):
+    if not (args.checkpoint or args.img_size) and (line := zoo.accuracy(f"{cfg.get('architecture')}.{cfg.get('tag')}")):
         print(line)
 
 

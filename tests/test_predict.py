@@ -14,7 +14,7 @@ from PIL import Image
 from safetensors.torch import save_file
 from test_weights import OURS, RELEASED
 
-from container import weights
+from container import weights, zoo
 from container.__main__ import main
 from container.predict import SAMPLE, class_names, predict
 
@@ -63,12 +63,31 @@ def test_a_block_for_each_photo(tmp_path, capsys):
     main(["predict", *photos, "--model", "container_light_nano_32"])
     output = capsys.readouterr().out
     blocks = [output.splitlines()[i : i + 6] for i in (0, 6, 12)]
-    assert [block[0] for block in blocks] == photos and len(output.splitlines()) == 18
+    assert [block[0] for block in blocks] == photos and len(output.splitlines()) == 19
     assert blocks[0][1:] == blocks[2][1:] != blocks[1][1:]
     model = timm.create_model(OURS, pretrained=True).eval()
     expected = [(float(f"{100 * p:.1f}"), name) for name, p in predict(photos, model)[0]]
     assert lines(output)[:5] == expected
-    assert len({line.index("%") for line in output.splitlines() if "%" in line}) == 1
+    assert len({line.index("%") for block in blocks for line in block if "%" in line}) == 1
+    assert output.splitlines()[18] == (
+        "container_light_nano_32.cifar10 is right for 90.35 % of CIFAR-10 test, 10,000 images, "
+        "and names the right class among five for 99.13 %"
+    )
+
+
+def test_only_weights_on_record_say_how_often_they_are_right(tmp_path, capsys):
+    """The number is that of the file that was loaded: of one's own, and of other models, none is known."""
+    record = weights.manifest()["container_light_nano.lite2_dist"]["results"][0]
+    for words in (["container_light_nano"], ["container_light_nano.lite2_dist"]):
+        main(["predict", "--model", *words])
+        line = capsys.readouterr().out.splitlines()[-1]
+        assert line.startswith(f"container_light_nano.lite2_dist is right for {record['value']} % of {record['data']}")
+    main(["predict", "--model", "container_light_nano", "--img-size", "64"])  # not the size of the record
+    assert " is right for " not in capsys.readouterr().out
+    save_file(timm.create_model("container_light_nano").state_dict(), tmp_path / "own.safetensors")
+    main(["predict", "--model", "container_light_nano", "--checkpoint", str(tmp_path / "own.safetensors")])
+    assert " is right for " not in capsys.readouterr().out
+    assert zoo.accuracy("container_light_nano.none") == zoo.accuracy("resnet18.a1_in1k") == ""
 
 
 def test_golden_retriever(golden, capsys):
