@@ -213,7 +213,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=0,
         help="repeat the same views after this many epochs, so that the teacher runs once for each",
     )
-    model.add_argument("--view-dir", help="folder for these views and the teacher's logits; default: in --output")
+    model.add_argument("--view-dir", help="folder for the teacher's logits for these views; default: in --output")
     optim = parser.add_argument_group("optimization (cosine)")
     optim.add_argument("--opt", help="a timm optimizer")
     optim.add_argument("--opt-args", nargs="*", default={}, action=Pairs, help="more optimizer arguments, as KEY=VALUE")
@@ -277,8 +277,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
             )
         args.data_dir = args.data_dir[0]
     refuse_unused(parser, args, given)
-    if args.view_epochs and (args.start_size or args.mixup_off_epoch):
-        parser.error("--start-size and --mixup-off-epoch change views, which --view-epochs repeats")
+    if args.view_epochs and (args.mixup or args.cutmix or args.reprob):
+        parser.error("--mixup, --cutmix and --reprob change the views that --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
     if args.scale[0] > args.scale[1]:

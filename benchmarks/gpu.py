@@ -22,9 +22,8 @@ from typing import Any, NamedTuple
 from .workers import descendants, kill
 
 ROOT = Path(__file__).resolve().parent.parent
-STEPS = ("distill", "tests", "infer", "train", "latency", "roofline", "transfer", "cifar")
-NEEDS = dict(distill="needs --photos and --teacher", transfer="needs --transfer", cifar="needs --data")
-STUDENTS = ("container_light=1e-3", "container_light_tiny=1.2e-3", "container_light_nano=2e-3", "container_nano=2e-3")
+STEPS = ("tests", "infer", "train", "latency", "roofline", "transfer", "cifar")
+NEEDS = dict(transfer="needs --transfer", cifar="needs --data")
 PROJECT = "container-timm"
 OURS = ("container_light", "container_light_mlp4", "container")
 PEERS = ("resnet50", "convnext_tiny", "swin_tiny_patch4_window7_224", "pvt_v2_b2")
@@ -52,8 +51,6 @@ def plan(
     released: str | None,
     data: str | None,
     names: Sequence[str] = STEPS,
-    photos: Sequence[str] = (),
-    teacher: str | None = None,
     transfer: str | None = None,
 ) -> list[Step]:
     """Returns the steps with the given names, in order of importance.
@@ -66,8 +63,6 @@ def plan(
         released: Path of the authors' models.py, or None.
         data: Folder of CIFAR-10, or None.
         names: Names of the steps.
-        photos: Folders of photos to distil from.
-        teacher: Weights of EfficientNet-Lite2 in timm's layout, or None.
         transfer: Folder of data to fine-tune on, or None.
     """
     nhwc, compiled, graph = "bf16+channels_last", "+compile", "+graph"
@@ -119,16 +114,9 @@ def plan(
     pytest += ["-n", 2 if rehearse else 8, "--dist", "worksteal", "--results", out / "tests.json"]
     cifar = ["--data-dir", data, "--seconds", "{left}", *(["--images", 64, "--epochs", 1] if rehearse else ["--graph"])]
     cifar += ["--cutmix", 1, "--cutmix-off", 0.15]  # without CutMix, 56 epochs overfit the images
-    distill: list[object] = ["--photos", *photos, "--teacher-checkpoint", teacher, "--out", out / "distill"]
-    if rehearse:
-        distill += ["--teacher", "test_convnext", "--teacher-size", 64, "--device", "cpu", "--img-size", 32]
-        distill = [*STUDENTS[2:], *distill, "--batch-size", 16, "--seconds", 20]
-    else:
-        distill = [*STUDENTS, *distill, "--seconds", "{left}"]
     tuned: list[object] = ["--data-dir", transfer, "--seconds", "{left}", "--out", out]
     tuned += ["--rehearse", "--device", "cpu", "--jobs", 2, "--only", "cifar10-*"] if rehearse else ["--device", "cuda"]
     commands = dict(
-        distill=[command("benchmarks.distill", *distill)] if photos and teacher else [],
         tests=[command("pytest", *pytest)],
         infer=[speed("infer", infer, 256, 8)],
         train=[
@@ -147,9 +135,9 @@ def plan(
         cifar=[measured("cifar", 256, *cifar)] if data else [],
     )
     # Seconds on an H100 with 16 cores, most of them for compilation. The last step gets what is left.
-    share = dict(distill=480 if photos and teacher else 0, tests=110, infer=115, train=150, latency=50, roofline=55)
+    share = dict(tests=110, infer=115, train=150, latency=50, roofline=55)
     share["transfer"] = 420 if transfer else 0
-    least = dict(distill=60, tests=60, infer=60, train=60, latency=30, roofline=25, transfer=60, cifar=45)
+    least = dict(tests=60, infer=60, train=60, latency=30, roofline=25, transfer=60, cifar=45)
     scale = seconds / max(1, sum(share.get(name, 0) for name in names))
     return [
         Step(
@@ -166,13 +154,12 @@ def plan(
 # ---------------------------------------------------------------------------------------------------------- the check
 
 
-def check(rehearse: bool, files: dict[str, str | None], photos: Sequence[str] = ()) -> dict[str, Any]:
+def check(rehearse: bool, files: dict[str, str | None]) -> dict[str, Any]:
     """Checks the requirements, and returns the versions found and a list of what is `missing`.
 
     Args:
         rehearse: Whether this is a rehearsal, which needs no GPU.
         files: Paths that were given, by flag.
-        photos: Folders of photos that were given.
     """
     from packaging.requirements import Requirement
 
@@ -191,7 +178,7 @@ def check(rehearse: bool, files: dict[str, str | None], photos: Sequence[str] = 
             continue
         if not requirement.specifier.contains(found[requirement.name], prereleases=True):
             found["missing"].append(f"{requirement} (here is {found[requirement.name]})")
-    for name, path in (*files.items(), *(("--photos", path) for path in photos)):
+    for name, path in files.items():
         if path is not None and not Path(path).exists():
             found["missing"].append(f"{name} {path}")
     if not rehearse and not found["missing"]:
@@ -323,14 +310,6 @@ def make_images(folder: Path) -> None:
                 Image.frombytes("RGB", (32, 32), pixels).save(folder / split / name / f"{i}.png")
 
 
-def make_teacher(file: Path) -> None:
-    """Writes the random weights of a small model, for the rehearsal."""
-    import timm
-    import torch
-
-    torch.save(timm.create_model("test_convnext").state_dict(), file)
-
-
 def write(out: Path, records: dict[str, Any]) -> None:
     """Writes `summary.json`."""
     temporary = out / "summary.json.tmp"
@@ -348,22 +327,19 @@ def main(argv: list[str] | None = None) -> None:
     parser.add_argument("--only", nargs="+", choices=STEPS, metavar="STEP", help=f"steps to run: {', '.join(STEPS)}")
     parser.add_argument("--released", metavar="PATH", help="the authors' models.py, or its folder")
     parser.add_argument("--data", metavar="DIR", help="folder of CIFAR-10, with {train,test}/CLASS/*")
-    parser.add_argument("--photos", nargs="+", default=[], metavar="DIR", help="photos to distil from: {train,val}/**")
-    parser.add_argument("--teacher", metavar="FILE", help="EfficientNet-Lite2 from examples/efficientnet_lite.py")
     parser.add_argument("--transfer", metavar="DIR", help="data to fine-tune on, as in benchmarks/transfer.py")
     parser.add_argument("--from", dest="origin", default=".", help=argparse.SUPPRESS)  # base of relative paths
     args = parser.parse_args(argv)
     if args.minutes <= 0:
         parser.error(f"--minutes {args.minutes} are none")
     origin = Path(args.origin).resolve()
-    released, data, teacher, transfer = (
-        None if path is None else str(origin / path) for path in (args.released, args.data, args.teacher, args.transfer)
+    released, data, transfer = (
+        None if path is None else str(origin / path) for path in (args.released, args.data, args.transfer)
     )
-    photos = [str(origin / path) for path in args.photos]
     out = origin / args.out
     out.mkdir(parents=True, exist_ok=True)
-    files = {"--released": released, "--data": data, "--teacher": teacher, "--transfer": transfer}
-    found = check(args.rehearse, files, photos)
+    files = {"--released": released, "--data": data, "--transfer": transfer}
+    found = check(args.rehearse, files)
     (out / "check.json").write_text(json.dumps(found, indent=1) + "\n")
     print(", ".join(f"{key} {value}" for key, value in found.items() if key != "missing"), flush=True)
     if found["missing"]:
@@ -371,9 +347,6 @@ def main(argv: list[str] | None = None) -> None:
     if args.rehearse and data is None:
         data = str(out / "images")
         make_images(Path(data))
-    if args.rehearse and not photos and data is not None:
-        photos, teacher = [data], str(out / "teacher.pth")
-        make_teacher(Path(teacher))
     if args.rehearse and transfer is None:
         transfer = str(out / "transfer")
         make_images(Path(transfer) / "cifar10")
@@ -388,7 +361,7 @@ def main(argv: list[str] | None = None) -> None:
     if sys.platform == "linux":  # PR_SET_CHILD_SUBREAPER: orphans become our children, so they can be killed
         ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)
     seconds = 60 * args.minutes - (time.monotonic() - start)
-    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), photos, teacher, transfer)
+    steps = plan(out, seconds, args.rehearse, released, data, left_to_do(out, args.only), transfer)
     records = run(steps, out, seconds, environment)
     print(f"\n== after {time.monotonic() - start:.0f} s")
     for name, record in sorted(records.items(), key=lambda item: STEPS.index(item[0])):

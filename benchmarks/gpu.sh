@@ -2,16 +2,14 @@
 # A quarter of an hour on a GPU: benchmarks in order of importance, within a time budget:
 #
 #   bash benchmarks/gpu.sh OUT [--minutes 8] [--rehearse] [--only STEP ...] [--released PATH] [--data DIR] \
-#       [--photos DIR ... --teacher FILE] [--transfer DIR]
+#       [--transfer DIR]
 #
 #   OUT          folder for results, logs and compiler caches; the same command continues with the steps that are left
 #   --minutes    time for all steps; a step that no longer fits is left out and named
 #   --rehearse   run the same steps on the CPU, with tiny sizes, in three minutes
-#   --only       steps to run, even if they are done: distill tests infer train latency roofline transfer cifar
+#   --only       steps to run, even if they are done: tests infer train latency roofline transfer cifar
 #   --released   the authors' models.py (github.com/allenai/container), or its folder, to measure beside ours
 #   --data       CIFAR-10 as cifar10/{train,test}/CLASS/*.jpg
-#   --photos     folders to distil from, with --teacher, EfficientNet-Lite2 from examples/efficientnet_lite.py; takes
-#                eight minutes
 #   --transfer   data for parallel fine-tuning, DINO and YOLO runs, as in benchmarks/transfer.py; takes seven minutes
 #
 # A machine without a network needs Python >= 3.10 with torch >= 2.11 and torchvision >= 0.26 for its GPU. It also needs

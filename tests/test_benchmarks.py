@@ -16,15 +16,12 @@ import safetensors.torch
 import timm
 import torch
 from PIL import Image
-from timm.data import IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD
-from timm.data.transforms import RandomResizedCropAndInterpolation
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 
 import train_imagenet
-from benchmarks import cifar, distill, gpu, measure, memory, parts, roofline, speed, transfer
+from benchmarks import cifar, gpu, measure, memory, parts, roofline, speed, transfer
 from benchmarks.workers import Worker, descendants, end, first_answers
-from container import weights
 
 ROOT = Path(__file__).parent.parent
 CPU = torch.device("cpu")
@@ -675,120 +672,6 @@ def test_a_budget_that_is_over_ends_the_step_that_runs(tmp_path):
     assert 2 < time.perf_counter() - start < 4 + 5
 
 
-class Pictures:
-    """Two pictures, one of them large and on its side."""
-
-    def __init__(self):
-        noise = np.random.default_rng(0)
-        self.images = [
-            Image.fromarray(noise.integers(0, 256, (h, w, 3), dtype=np.uint8)) for h, w in ((9, 12), (40, 20))
-        ]
-
-    def __len__(self):
-        return len(self.images)
-
-    def __getitem__(self, i):
-        return self.images[i].copy(), 0
-
-
-def test_photos_lie_in_the_corner_and_their_edges_go_on():
-    photos = Pictures()
-    pixels, sizes = distill.load(photos, 16, CPU, 2)
-    assert sizes.tolist() == [[9, 12], [16, 8]]
-    first = torch.from_numpy(np.array(photos.images[0])).permute(2, 0, 1)
-    assert torch.equal(pixels[0, :, :9, :12], first)
-    assert torch.equal(pixels[0, :, 9:, 12:], first[:, -1:, -1:].expand(3, 7, 4))
-    second = torch.from_numpy(np.array(photos.images[1].resize((8, 16), Image.Resampling.BICUBIC))).permute(2, 0, 1)
-    assert (pixels[1, :, :, :8].int() - second.int()).abs().max() <= 1  # thumbnail reduces in two steps
-
-
-def test_boxes_are_those_that_timm_draws():
-    """Inside, with area and ratio in their ranges, and the whole where no box fits."""
-    random = torch.Generator().manual_seed(0)
-    sizes = torch.tensor([[100.0, 160.0]]).repeat(4000, 1)
-    left, top, right, bottom = distill.boxes(sizes, (0.35, 1.0), random).T
-    assert min(left.min(), top.min()) >= 0 and right.max() <= 160 and bottom.max() <= 100.001
-    share, ratio = (right - left) * (bottom - top) / 16000, (right - left) / (bottom - top)
-    drawn = share < 1  # the others are whole
-    assert drawn.float().mean() > 0.995
-    assert share.min() >= 0.35 and ratio[drawn].min() > 0.7499 and ratio[drawn].max() < 1.3334
-    crop = RandomResizedCropAndInterpolation(128, (0.35, 1.0))
-    theirs = [crop.get_params(Image.new("RGB", (160, 100)), crop.scale, crop.ratio) for _ in range(4000)]
-    areas = torch.tensor([h * w / 16000 for _, _, h, w in theirs])
-    assert abs(share.mean() - areas.mean()) < 0.01 and abs(share.std() - areas.std()) < 0.01
-    assert abs(left.mean() - np.mean([x for _, x, _, _ in theirs])) < 2
-    narrow = distill.boxes(torch.tensor([[100.0, 10.0]]), (0.9, 1.0), random)
-    assert narrow.tolist() == [[0, 0, 10, 100]]
-
-
-def test_a_view_is_the_crop_resized_flipped_and_mixed(monkeypatch):
-    """Against Pillow's bilinear resizing of the same boxes."""
-    smooth = torch.from_numpy(np.random.default_rng(0).integers(0, 256, (2, 3, 4, 4), dtype=np.uint8)).float()
-    pixels = torch.nn.functional.interpolate(smooth, size=(64, 64), mode="bicubic").clamp(0, 255).byte()
-    places = torch.tensor([[8.0, 4.0, 40.0, 36.0], [0.0, 0.0, 64.0, 64.0]])
-    monkeypatch.setattr(distill, "boxes", lambda *_: places)
-    random = torch.Generator().manual_seed(1)
-    found = distill.views(pixels, torch.full((2, 2), 64.0), (0.35, 1.0), 48, random)
-    mean, std = (torch.tensor(x).view(3, 1, 1) * 255 for x in (IMAGENET_DEFAULT_MEAN, IMAGENET_DEFAULT_STD))
-    crops = [
-        torch.from_numpy(
-            np.array(
-                Image.fromarray(p.permute(1, 2, 0).numpy())
-                .crop(tuple(map(int, box)))
-                .resize((48, 48), Image.Resampling.BILINEAR)
-            )
-        ).permute(2, 0, 1)
-        for p, box in zip(pixels, places, strict=True)
-    ]
-    again = torch.Generator().manual_seed(1)
-    flipped = torch.rand(2, 1, 1, 1, generator=again) < 0.5
-    share = torch.rand(2, 1, 1, 1, generator=again)
-    crops = [(crop.flip(2) if flip else crop).float() for crop, flip in zip(crops, flipped, strict=True)]
-    wanted = torch.stack(
-        [(1 - share[0]) * crops[0] + share[0] * crops[1], (1 - share[1]) * crops[1] + share[1] * crops[0]]
-    )
-    assert (found * std + mean - wanted).abs().mean() < 1.0
-
-
-def test_the_rate_rises_and_falls():
-    assert [distill.rate_at(x) for x in (0.0, 0.015, 0.03, 1.0)] == pytest.approx([0, 0.5, 1, 0])
-    assert distill.rate_at(0.515) == pytest.approx(0.5)
-
-
-@pytest.mark.slow
-def test_students_learn_side_by_side(images, tmp_path):
-    """From one teacher; they begin from weights, end with the time, and leave what our models load."""
-    gpu.make_teacher(tmp_path / "teacher.pth")
-    words = ["container_light_nano=1e-3", "container_nano=1e-3", "--photos", images, "--device", "cpu"]
-    words += ["--teacher", "test_convnext", "--teacher-checkpoint", tmp_path / "teacher.pth", "--teacher-size", 32]
-    words += ["--img-size", 32, "--batch-size", 16, "--log-steps", 2, "--seconds", 40]  # busy machines begin late
-    printed = command("distill", *words, "--out", tmp_path / "first").stdout
-    assert "photos on cpu" in printed and "epochs" in printed
-    rows = json.loads((tmp_path / "first" / "distill.json").read_text())["rows"]
-    for name in ("container_light_nano", "container_nano"):
-        assert rows[-2][name] < rows[0][name]
-        file = tmp_path / "first" / f"{name}.safetensors"
-        model = weights.create(name, file)
-        assert model.num_classes == 1000 and weights.class_names(file)[0] == "n01440764"
-    more = command("distill", *words, "--begin-from", tmp_path / "first", "--out", tmp_path / "second")
-    later = json.loads((tmp_path / "second" / "distill.json").read_text())["rows"]
-    assert later[0]["container_nano"] < 0.5 * rows[0]["container_nano"], more.stdout
-
-
-@pytest.mark.parametrize(
-    "student, message",
-    [
-        ("container_nano", "container_nano is no MODEL=RATE"),
-        ("container_nano=fast", "container_nano=fast is no MODEL=RATE"),
-        ("nano=1e-3", "timm knows no model 'nano'"),
-        ("container_nano=1e-3", "no folder {}/gone"),
-    ],
-)
-def test_a_wrong_student_or_folder_is_named(tmp_path, student, message):
-    words = [student, "--photos", tmp_path / "gone", "--teacher-checkpoint", "none.pth", "--out", tmp_path]
-    assert refused(distill, *words) == f"benchmarks: {message.format(tmp_path)}"
-
-
 def test_a_second_call_goes_on(tmp_path):
     """What is done is not repeated, unless asked for by name; what is not has all of the time."""
     assert gpu.left_to_do(tmp_path, None) == list(gpu.STEPS)
@@ -798,7 +681,7 @@ def test_a_second_call_goes_on(tmp_path):
         tmp_path, {name: dict(outcome="done") for name in ("infer", "train")} | dict(tests=dict(outcome="killed"))
     )
     left = gpu.left_to_do(tmp_path, None)
-    assert left == ["distill", "tests", "latency", "roofline", "transfer", "cifar"]
+    assert left == ["tests", "latency", "roofline", "transfer", "cifar"]
     assert gpu.left_to_do(tmp_path, ["infer", "tests"]) == ["tests", "infer"]
     plan = gpu.plan(tmp_path, 240, False, None, "cifar10", left)
     assert [step.name for step in plan] == left
@@ -808,9 +691,7 @@ def test_a_second_call_goes_on(tmp_path):
 
 def test_every_entry_of_the_plan_is_known(tmp_path):
     """What the rehearsal replaces by smaller models is read here as the GPU will read it."""
-    plan = gpu.plan(
-        tmp_path, 480, False, "models.py", "cifar10", photos=["a", "b"], teacher="teacher.pth", transfer="d"
-    )
+    plan = gpu.plan(tmp_path, 480, False, "models.py", "cifar10", transfer="d")
     assert [step.name for step in plan] == list(gpu.STEPS)
     entries = set()
     for words in (words for step in plan for words in step.commands):
@@ -824,9 +705,21 @@ def test_every_entry_of_the_plan_is_known(tmp_path):
 
 
 def test_every_command_of_a_rehearsal_has_something_to_measure(tmp_path):
-    plan = gpu.plan(tmp_path, 480, True, None, "cifar10", photos=["a"], teacher="teacher.pth", transfer="data")
+    plan = gpu.plan(tmp_path, 480, True, None, "cifar10", transfer="data")
     measured = [words[3] for step in plan for words in step.commands if words[2] == "benchmarks.speed"]
     assert len(measured) == 4 and all(word.partition(":")[2] for word in measured)
+
+
+def test_a_rehearsal_asks_nothing_that_a_cpu_may_lack(tmp_path):
+    """No 16-bit types, no peak to be measured; and no step has less than all of the time."""
+    plan = gpu.plan(tmp_path, 1200, True, "models.py", "cifar10", transfer="data")
+    words = [word for step in plan for command in step.commands for word in command]
+    assert not any(half in word.replace(":", "+").split("+") for word in words for half in ("bf16", "amp", "bfloat16"))
+    for step in plan:
+        for command in step.commands:
+            assert command[2] != "benchmarks.roofline" or "--limits" in command
+        assert step.seconds == 1200
+    assert "amp+channels_last" in str(gpu.plan(tmp_path, 480, False, None, None)[2].commands)
 
 
 def test_without_data_or_the_release_the_plan_says_so(tmp_path):
@@ -834,19 +727,17 @@ def test_without_data_or_the_release_the_plan_says_so(tmp_path):
     assert not any("released" in word for step in plan for words in step.commands for word in words)
     found = gpu.run([plan[0], plan[-1]], tmp_path, 60, dict(os.environ))
     assert found["cifar"] == dict(outcome="left out", seconds=0, said="needs --data")
-    assert found["distill"] == dict(outcome="left out", seconds=0, said="needs --photos and --teacher")
     assert [step.commands for step in plan if step.name == "transfer"] == [[]]
     assert sum(step.seconds for step in plan[:-1]) == pytest.approx(480)
 
 
 def test_what_is_missing_is_named(monkeypatch):
     monkeypatch.setattr(gpu, "requires", lambda name: ["timm>=99", "no-such-package", "seldom; extra == 'docs'"])
-    found = gpu.check(True, {"--released": "nowhere/models.py", "--data": None}, ["gone"])
+    found = gpu.check(True, {"--released": "nowhere/models.py", "--data": None})
     assert found["missing"] == [
         f"timm>=99 (here is {timm.__version__})",
         "no-such-package",
         "--released nowhere/models.py",
-        "--photos gone",
     ]
 
     def absent(name):

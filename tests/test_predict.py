@@ -135,7 +135,7 @@ def test_other_models_of_timm(tmp_path, capsys):
 
 def test_the_picture(tmp_path, capsys):
     main(["predict", "--model", OURS, "--out", str(tmp_path / "out")])
-    file = capsys.readouterr().out.splitlines()[-1]
+    file = capsys.readouterr().out.splitlines()[-2]
     assert file == str(tmp_path / "out" / "sample-affinities.png")
     colors, counts = np.unique(np.asarray(Image.open(file).convert("RGB")).reshape(-1, 3), axis=0, return_counts=True)
     assert len(colors) > 100 and counts.max() < 0.9 * counts.sum()

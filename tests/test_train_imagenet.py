@@ -859,8 +859,8 @@ def test_cifar10(tmp_path):
         (None, ["--data-dir", "a", "b"], "2 folders, but only a teacher's logits (--distill 1) are learned from many"),
         (
             None,
-            ["--teacher", "test_convnext", "--distill", "1", "--view-epochs", "2", "--start-size", "32"],
-            "--start-size and --mixup-off-epoch change views, which --view-epochs repeats",
+            ["--teacher", "test_convnext", "--distill", "1", "--view-epochs", "2"],
+            "--mixup, --cutmix and --reprob change the views that --view-epochs repeats",
         ),
         (None, ["--teacher", "test_convnext", "--distill", "1", "--exclude", "*"], "but *"),
         (None, ["--aa", "nonsense"], "Unknown AA policy nonsense"),

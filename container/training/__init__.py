@@ -4,7 +4,7 @@ from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
 from .data import Digits, Images, Photos, check_classes, create_datasets, open_photos, open_validation
 from .depthwise import speed_up_depthwise
-from .distill import Distillation, Divergence, Teacher, Views
+from .distill import Distillation, Divergence, Teacher, TeacherOutputs
 from .distributed import Agreement, StopSignal, join_group
 from .loader import advice, ask_ahead, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
@@ -29,7 +29,7 @@ __all__ = [
     "Run",
     "StopSignal",
     "Teacher",
-    "Views",
+    "TeacherOutputs",
     "advice",
     "ask_ahead",
     "check_classes",

@@ -346,8 +346,13 @@ class Images(ImageDataset):
         return names
 
     def digest(self) -> str:
-        """Returns 16 hexadecimal digits that identify these images by their names and order."""
-        return hashlib.sha256(os.fsencode("\n".join(self.filenames()))).hexdigest()[:16]
+        """Returns 16 hexadecimal digits that identify these images by their order, names and content."""
+        content = hashlib.sha256()
+        for i, name in enumerate(self.filenames()):
+            content.update(hashlib.sha256(os.fsencode(name)).digest())
+            with suppress(OSError), self.reader[i][0] as file:  # one that cannot be opened has another take its place
+                content.update(hashlib.sha256(file.read()).digest())
+        return content.hexdigest()[:16]
 
     def check_unreadable(self, flags: torch.Tensor) -> None:
         """Checks that not too many images are unreadable.

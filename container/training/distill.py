@@ -1,15 +1,13 @@
-"""Distillation from a teacher's logits alone, without labels, with a disk cache for repeated views."""
+"""Distillation from a teacher's logits alone, without labels; they are kept on disk for views that repeat."""
 
 import hashlib
-import io
 import json
 import os
 import zlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
-import numpy as np
 import torch
 import torch.distributed as dist
 from timm.models import create_model
@@ -21,9 +19,8 @@ from container.files import write_atomically
 from .data import Images
 from .loader import create_val_loader
 from .loop import Compute
-from .seeding import seed_everything
 
-__all__ = ["Distillation", "Divergence", "Teacher", "Views"]
+__all__ = ["Distillation", "Divergence", "Teacher", "TeacherOutputs"]
 
 
 class Divergence(nn.Module):
@@ -98,9 +95,7 @@ class Teacher:
         with self.compute.autocast():
             return self.model(images).half()
 
-    def label(
-        self, photos: Images, config: dict[str, Any], batch_size: int, workers: int, kept: Path | None = None
-    ) -> None:
+    def label(self, photos: Images, config: dict[str, Any], batch_size: int, workers: int) -> None:
         """Labels every photo with the teacher's prediction. All processes must call it.
 
         Args:
@@ -108,22 +103,12 @@ class Teacher:
             config: Preprocessing: `input_size`, `interpolation`, `mean`, `std`, `crop_pct`, `crop_mode`.
             batch_size: Photos per batch.
             workers: Number of data loader workers.
-            kept: File to cache the predictions in, or None.
         """
-        known = [np.load(kept) if kept is not None and kept.exists() else None]
-        dist.broadcast_object_list(known)
-        if known[0] is not None:
-            photos.reader.targets = known[0]
-            return
         loader = create_val_loader(photos, config, batch_size, workers, self.compute.device)
         found = torch.cat([self(images).argmax(dim=1) for images, _ in loader])
         everywhere = [torch.empty_like(found) for _ in range(dist.get_world_size())]
         dist.all_gather(everywhere, found)  # the sampler gives process r photos r, r + world, ...
         photos.reader.targets = torch.stack(everywhere, dim=1).flatten()[: len(photos)].cpu().numpy()
-        if kept is not None and dist.get_rank() == 0:
-            buffer = io.BytesIO()
-            np.save(buffer, photos.reader.targets)
-            write_atomically(kept, buffer.getbuffer())
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that identify these weights."""
@@ -133,85 +118,59 @@ class Teacher:
         return content.hexdigest()[:16]
 
 
-class Views:
-    """Disk cache of the views and teacher logits of the first epochs, read again when these views repeat.
+class TeacherOutputs:
+    """Disk store of a teacher's outputs for the views of the first epochs, which later epochs repeat.
 
-    Each epoch and process has one file, with one record per batch: pixels (uint8, before mixing), the teacher's logits
-    (half precision, for the mixed images) and a checksum. Damaged and incomplete records are computed again. Each
-    combination of settings has its own folder.
+    Each epoch has a file, with a record for each position in it: outputs in half precision, and their checksum. A
+    record that is missing, incomplete or damaged is computed again, so any number of processes may share the files. The
+    outputs of other settings have another folder.
 
     Args:
         folder: Parent of that folder.
-        made_from: Settings that determine views and logits, as plain values.
-        shape: Shape of a batch, (images, 3, side, side).
+        made_from: All that the outputs depend on, as plain values.
         classes: Number of the teacher's classes.
-        passes: Batches per epoch.
-        rank: Rank of this process.
 
     Raises:
         OSError: The folder cannot be written.
     """
 
-    def __init__(
-        self, folder: Path, made_from: dict[str, Any], shape: tuple[int, ...], classes: int, passes: int, rank: int
-    ) -> None:
-        said = json.dumps(made_from, sort_keys=True, indent=1)
-        self.folder = folder / hashlib.sha256(said.encode()).hexdigest()[:16]
+    def __init__(self, folder: Path, made_from: dict[str, Any], classes: int) -> None:
+        description = json.dumps(made_from, sort_keys=True, indent=1).encode()
+        self.folder = folder / hashlib.sha256(description).hexdigest()[:16]
         self.folder.mkdir(parents=True, exist_ok=True)
-        (self.folder / "made_from.json").write_text(said, encoding="utf-8")
-        self.shape, self.classes, self.passes, self.rank = shape, classes, passes, rank
-        self.pixels = int(np.prod(shape))
-        self.record = self.pixels + 2 * shape[0] * classes + 4
-        self.known: dict[int, set[int]] = {}  # intact records of each epoch
+        write_atomically(self.folder / "made_from.json", description)
+        self.classes, self.record = classes, 2 * classes + 4  # bytes
 
-    def path(self, epoch: int) -> Path:
-        """Returns the path of an epoch's file."""
-        return self.folder / f"{epoch:04d}-{self.rank}.views"
+    def open(self, epoch: int) -> BinaryIO:
+        """Opens an epoch's file, which is created if necessary."""
+        return open(os.open(self.folder / f"{epoch:04d}.outputs", os.O_RDWR | os.O_CREAT, 0o666), "r+b")
 
-    def whole(self, epoch: int, first: int = 0) -> bool:
-        """Returns whether all batches of an epoch from `first` on are cached and intact."""
-        if epoch not in self.known:
-            self.known[epoch] = set()
-            if self.path(epoch).exists():
-                with self.path(epoch).open("rb") as file:
-                    for i in range(self.passes):
-                        if self._is_whole(file.read(self.record)):
-                            self.known[epoch].add(i)
-        return self.known[epoch] >= set(range(first, self.passes))
+    def read(self, epoch: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
+        """Returns outputs (images, classes), zeros where there are none, and whether there are any (images,)."""
+        outputs, known = torch.zeros(len(positions), self.classes, dtype=torch.float16), []
+        with self.open(epoch) as file:
+            for row, position in zip(outputs, positions, strict=True):
+                file.seek(position * self.record)
+                record = file.read(self.record)
+                known.append(len(record) == self.record and _checksum(record[:-4]) == record[-4:])
+                if known[-1]:
+                    row.copy_(torch.frombuffer(bytearray(record[:-4]), dtype=torch.float16))
+        return outputs, torch.tensor(known)
 
-    def _is_whole(self, record: bytes) -> bool:
-        return len(record) == self.record and zlib.crc32(record[:-4]).to_bytes(4, "big") == record[-4:]
-
-    def read(self, epoch: int, first: int = 0) -> Iterator[tuple[Tensor, Tensor]]:
-        """Yields pixels and logits of an epoch's batches, from `first` on.
-
-        `whole` must have returned True for these batches.
-        """
-        size = self.passes * self.record
-        content = torch.from_file(str(self.path(epoch)), shared=False, size=size, dtype=torch.uint8)
-        for record in content.view(self.passes, self.record)[first:]:
-            logits = record[self.pixels : -4].clone().view(torch.float16)  # cloned: it may be misaligned
-            yield record[: self.pixels].view(self.shape), logits.view(self.shape[0], self.classes)
-
-    def write(self, epoch: int, i: int, pixels: Tensor, logits: Tensor) -> None:
-        """Writes a batch to the cache.
-
-        Args:
-            epoch: Epoch of the views.
-            i: Index of the batch in the epoch.
-            pixels: (images, 3, side, side), uint8.
-            logits: (images, classes), half precision.
+    def write(self, epoch: int, positions: Sequence[int], outputs: Tensor) -> None:
+        """Keeps outputs (images, classes).
 
         Raises:
             OSError: The disk is full.
         """
-        parts = [t.detach().cpu().contiguous().numpy().tobytes() for t in (pixels, logits)]
-        content = b"".join(parts)
-        descriptor = os.open(self.path(epoch), os.O_WRONLY | os.O_CREAT, 0o666)
-        with open(descriptor, "wb") as file:
-            file.seek(i * self.record)
-            file.write(content + zlib.crc32(content).to_bytes(4, "big"))
-        self.known.setdefault(epoch, set()).add(i)
+        with self.open(epoch) as file:
+            for row, position in zip(outputs.half().cpu().numpy(), positions, strict=True):
+                file.seek(position * self.record)
+                file.write(row.tobytes() + _checksum(row.tobytes()))
+
+
+def _checksum(content: bytes) -> bytes:
+    return zlib.crc32(content).to_bytes(4, "big")
 
 
 class Distillation:
@@ -220,34 +179,21 @@ class Distillation:
     Args:
         teacher: The teacher, which runs once for each view.
         mix: Function that erases and mixes images, seeded by the view. The labels that it returns are ignored.
-        seed: The run's seed.
-        passes: Batches per epoch.
-        mean: Mean used to normalise the student's images.
-        std: Standard deviation used to normalise the student's images.
-        views: Cache of the views, or None if they do not repeat.
-        repeat: Number of epochs after which views repeat.
+        batch_size: Images in a batch of this process.
+        outputs: Store of the teacher's outputs for views that repeat, or None. Their images must not be mixed.
+        repeat: Number of epochs after which views repeat; 0 for never.
     """
 
     def __init__(
         self,
         teacher: Teacher,
         mix: Callable[[Tensor, Tensor], tuple[Tensor, Tensor]],
-        seed: int,
-        passes: int,
-        mean: tuple[float, ...],
-        std: tuple[float, ...],
-        views: Views | None = None,
+        batch_size: int,
+        outputs: TeacherOutputs | None = None,
         repeat: int = 0,
     ) -> None:
-        self.teacher, self.mix, self.seed, self.passes = teacher, mix, seed, passes
-        self.views, self.repeat = views, repeat
-        # The same arithmetic as in timm's loader, so that cached pixels give bit-identical images.
-        self.mean, self.std = (
-            torch.tensor([255 * x for x in values], device=teacher.compute.device).view(1, 3, 1, 1)
-            for values in (mean, std)
-        )
-        self.epoch = self.at = 0
-        self.known: Tensor | None = None  # cached teacher logits of this batch
+        self.teacher, self.mix, self.batch_size, self.outputs, self.repeat = teacher, mix, batch_size, outputs, repeat
+        self.epoch = self.at = 0  # epoch of the views, and index of the batch in it
 
     def batches(
         self, epoch: int, first: int, draw: Callable[[int, int], Iterator[tuple[Tensor, Tensor]]]
@@ -259,28 +205,32 @@ class Distillation:
             first: Index of the first batch.
             draw: Function that returns batches of images and labels for an epoch and the index of its first batch.
         """
-        self.epoch = epoch
-        view = epoch % self.repeat if self.repeat else epoch
-        if self.views is None or not self.views.whole(view, first):
-            for self.at, batch in enumerate(draw(view, first), first):
-                yield batch
-            return
-        device = self.teacher.compute.device
-        for at, (pixels, logits) in enumerate(self.views.read(view, first), first):
-            self.at, self.known = at, logits.to(device)
-            images = pixels.to(device).float().sub_(self.mean).div_(self.std)
-            yield images, torch.zeros(len(images), dtype=torch.long, device=device)
+        self.epoch = epoch % self.repeat if self.repeat else epoch
+        for at, batch in enumerate(draw(self.epoch, first), first):
+            self.at = at
+            yield batch
 
-    def prepare(self, images: Tensor, labels: Tensor) -> tuple[Tensor, Tensor]:
-        """Erases and mixes a batch, and returns it with the teacher's logits for the result."""
-        view = self.epoch % self.repeat if self.repeat else self.epoch
-        pixels = None
-        if self.views is not None and self.known is None:
-            pixels = (images * self.std).add_(self.mean).round_().byte()
-        seed_everything(self.seed, view * self.passes + self.at, dist.get_rank(), 1)
+    def prepare(self, images: Tensor, labels: Tensor, size: int) -> tuple[Tensor, Tensor]:
+        """Erases and mixes a batch, and returns it at the student's size with the teacher's logits.
+
+        Args:
+            images: (images, 3, side, side), as the teacher sees them.
+            labels: (images,), not used.
+            size: Side of the images that the student sees.
+        """
         images, _ = self.mix(images, labels)
-        seed_everything(self.seed, self.epoch * self.passes + self.at, dist.get_rank(), 1)
-        logits, self.known = self.teacher(images) if self.known is None else self.known, None
-        if self.views is not None and pixels is not None:
-            self.views.write(view, self.at, pixels, logits)
+        logits = self.teacher(images) if self.outputs is None else self.look_up(images, self.outputs)
+        if size != images.shape[-1]:
+            images = interpolate(images, size=(size, size), mode="bicubic", antialias=True)
         return images, logits
+
+    def look_up(self, images: Tensor, outputs: TeacherOutputs) -> Tensor:
+        """Returns the teacher's logits for the views of this batch; those that are not kept yet are computed."""
+        ours = range(self.at * self.batch_size, self.at * self.batch_size + len(images))
+        positions = [i * dist.get_world_size() + dist.get_rank() for i in ours]  # as in SeededSampler
+        logits, known = outputs.read(self.epoch, positions)
+        logits, missing = logits.to(images.device), (~known).nonzero().flatten().tolist()
+        if missing:
+            logits[missing] = self.teacher(images[missing])
+            outputs.write(self.epoch, [positions[i] for i in missing], logits[missing])
+        return logits

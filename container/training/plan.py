@@ -58,9 +58,8 @@ def teaching(run: Any) -> str:
     size = f" at {args.teacher_size} px" if args.teacher_size else ""
     line = f"learns the logits of {args.teacher}{size} at temperature {args.temperature:g}, and no labels"
     if args.view_epochs:
-        view = 3 * run.size**2 + 2 * run.model.num_classes
-        kept = min(args.view_epochs, args.epochs) * run.steps * run.images * view / 2**30
-        line += f"; views repeat after {args.view_epochs} epochs and take {kept:.1f} GiB on the disk"
+        kept = min(args.view_epochs, args.epochs) * run.steps * run.images * 2 * run.model.num_classes / 2**30
+        line += f"; views repeat after {args.view_epochs} epochs, and their logits take {kept:.1f} GiB on the disk"
     return f"{line}\n"
 
 

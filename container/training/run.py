@@ -31,8 +31,8 @@ from container.images import pixels_per_token
 
 from .checkpoint import Checkpoints, Progress, lock
 from .data import Images, Photos, check_classes
-from .distill import Distillation, Teacher, Views
-from .distributed import Agreement, StopSignal, any_of
+from .distill import Distillation, Teacher, TeacherOutputs
+from .distributed import Agreement, StopSignal, any_of, on_first_rank
 from .loader import advice, ask_ahead, create_train_loader, create_val_loader, end_workers, epoch_batches, growing
 from .loop import HALF, Compute, StoppedError, evaluate, train_one_epoch
 from .plan import estimate
@@ -123,7 +123,8 @@ class Run:
             raise ValueError(f"{args.model} is tied to one image size: images cannot grow from --start-size")
         self.processes = max(self.world, args.dry_run)  # a dry run may plan for more processes than there are
         self.images = args.batch_size * args.grad_accum * self.processes  # per optimizer step
-        self.loader, self.loader_size = self.train_loader(self.sizes[0]), self.sizes[0]
+        self.loader_size = self.sizes[0] if teacher is None else self.size  # a teacher sees large images all the time
+        self.loader = self.train_loader(self.loader_size)
         self.val_loader = create_val_loader(
             val_set, self.config, args.batch_size, args.workers, task.device, persistent=True
         )
@@ -258,29 +259,25 @@ class Run:
         return state is not None
 
     def begin_distillation(self, teacher: Teacher) -> Distillation:
-        """Opens the cache of repeated views, and has the teacher label validation photos that have no labels."""
-        args, config = self.args, self.config
-        passes, views, kept = self.steps * args.grad_accum, None, None
+        """Opens the store of the teacher's outputs, and has it label validation photos that have no labels."""
+        args, config, outputs = self.args, self.config, None
         if args.view_epochs:
+            if not isinstance(self.train_set, Images):
+                raise ValueError("--view-epochs is for photos in folders")
             names = ["teacher", "teacher_size", "seed", "scale", "train_interpolation", "hflip", "aa", "color_jitter"]
-            names += ["aug_repeats", "reprob", "mixup", "cutmix", "loader", "amp"]
-            shape = [args.batch_size, *config["input_size"]]
+            names += ["aug_repeats", "loader", "amp"]
             made_from = {name: getattr(args, name) for name in names}
-            made_from |= {key: config[key] for key in ("mean", "std", "interpolation")}
-            made_from |= dict(weights=self.fixed["teacher_weights"], shape=shape, passes=passes, processes=self.world)
-            if isinstance(self.train_set, Images):
-                made_from["photos"] = self.train_set.digest()
-            if isinstance(self.val_set, Images):
-                made_from["held_out"] = self.val_set.digest()
+            made_from |= {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
+            made_from |= dict(weights=self.fixed["teacher_weights"], device=self.task.device.type)
+            made_from |= dict(
+                photos=on_first_rank(self.train_set.digest), versions=describe_environment(self.task.device)["versions"]
+            )
             folder = [args.view_dir or os.path.join(args.output, "views")]
             dist.broadcast_object_list(folder)
-            views = Views(Path(folder[0]), made_from, tuple(shape), self.model.num_classes, passes, self.rank)
-            kept = views.folder / "held-out.npy"
+            outputs = TeacherOutputs(Path(folder[0]), made_from, self.model.num_classes)
         if isinstance(self.val_set, Images) and isinstance(self.val_set.reader, Photos):
-            teacher.label(self.val_set, config, args.batch_size, args.workers, kept)
-        return Distillation(
-            teacher, self.mix, args.seed, passes, config["mean"], config["std"], views, args.view_epochs
-        )
+            teacher.label(self.val_set, config, args.batch_size, args.workers)
+        return Distillation(teacher, self.mix, args.batch_size, outputs, args.view_epochs)
 
     @property
     def done(self) -> int:
@@ -328,7 +325,8 @@ class Run:
     def train_epoch(self) -> None:
         """Trains the remaining steps of the epoch, and saves before the evaluation, which may fail."""
         args, progress = self.args, self.progress
-        if (size := self.sizes[progress.epoch]) != self.loader_size:
+        size = self.sizes[progress.epoch]
+        if self.distillation is None and size != self.loader_size:
             self.loader, self.loader_size = self.train_loader(size), size
         if self.mixup is not None and args.mixup_off_epoch is not None:
             self.mixup.mixup_enabled = progress.epoch < args.mixup_off_epoch
@@ -372,7 +370,9 @@ class Run:
 
     def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies random erasing and mixing. In distillation without labels, also gets the teacher's logits."""
-        return self.distillation.prepare(images, targets) if self.distillation else self.mix(images, targets)
+        if self.distillation is None:
+            return self.mix(images, targets)
+        return self.distillation.prepare(images, targets, self.sizes[self.progress.epoch])
 
     def mix(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
         """Applies random erasing, then Mixup or CutMix."""

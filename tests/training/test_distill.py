@@ -3,17 +3,30 @@
 import json
 import shutil
 
-import numpy as np
 import pytest
 import timm
 import torch
 import torch.distributed as dist
-from PIL import Image
+from PIL import Image, ImageOps
 from safetensors.torch import save_file
+from timm.task import ClassificationTask
 from torch.nn.functional import interpolate
+from torch.utils.data.distributed import DistributedSampler
 
-from container.training import Checkpoints, Compute, Divergence, Images, Photos, Run, Teacher, Views, open_photos
+from container.training import (
+    Checkpoints,
+    Compute,
+    Divergence,
+    Images,
+    Photos,
+    Run,
+    Teacher,
+    TeacherOutputs,
+    open_photos,
+)
+from container.training.distill import Distillation
 from container.training.loader import create_val_loader
+from container.training.seeding import SeededSampler
 from train_imagenet import main
 
 MEAN, STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -100,45 +113,61 @@ def test_photos_are_labelled_by_what_the_teacher_sees(folder, tmp_path, lite, gr
     file = lite[1]
     config = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=MEAN, std=STD, crop_pct=1.0, crop_mode="center")
     _, val = open_photos([str(folder)])
-    teacher, kept = Teacher("tf_efficientnet_lite0", file, 1000, None, MEAN, STD, CPU), tmp_path / "kept.npy"
-    teacher.label(val, config, 5, 0, kept)
+    teacher = Teacher("tf_efficientnet_lite0", file, 1000, None, MEAN, STD, CPU)
+    teacher.label(val, config, 5, 0)
     images, targets = (torch.cat(part) for part in zip(*create_val_loader(val, config, 5, 0, CPU.device), strict=True))
     assert torch.equal(teacher(images).argmax(1), targets)
-    _, again = open_photos([str(folder)])
-    teacher.model = None
-    teacher.label(again, config, 5, 0, kept)
-    assert np.array_equal(again.reader.targets, val.reader.targets)
 
 
-def test_views_come_back_as_they_were(tmp_path):
-    shape, made_from = (2, 3, 5, 5), dict(seed=1)  # an odd number of pixels
-    batches = [(torch.randint(256, shape, dtype=torch.uint8), torch.randn(2, 7).half()) for _ in range(3)]
-    views = Views(tmp_path, made_from, shape, 7, 3, rank=0)
-    assert not views.whole(4)
-    for i in (2, 0):
-        views.write(4, i, *batches[i])
-    assert not views.whole(4) and views.whole(4, first=2)
-    views.write(4, 1, *batches[1])
-    later = Views(tmp_path, made_from, shape, 7, 3, rank=0)
-    assert later.whole(4) and not later.whole(0)
-    for first in (0, 1):
-        for found, wanted in zip(later.read(4, first), batches[first:], strict=True):
-            assert all(torch.equal(a, b) for a, b in zip(found, wanted, strict=True))
-    assert not Views(tmp_path, dict(seed=2), shape, 7, 3, rank=0).whole(4)
-    assert not Views(tmp_path, made_from, shape, 7, 3, rank=1).whole(4)
+def test_outputs_come_back_as_they_were(tmp_path):
+    """In any order and number; and only from the same settings."""
+    logits = torch.randn(5, 7).half()
+    outputs = TeacherOutputs(tmp_path, dict(seed=1), 7)
+    assert not outputs.read(4, [0, 3])[1].any()
+    outputs.write(4, [3, 0, 9], logits[:3])
+    outputs.write(4, [1], logits[3:4].float())
+    found, known = TeacherOutputs(tmp_path, dict(seed=1), 7).read(4, [0, 1, 2, 3, 9, 10])
+    assert known.tolist() == [True, True, False, True, True, False]
+    assert torch.equal(found[known], logits[[1, 3, 0, 2]]) and not found[~known].any()
+    for epoch, made_from in ((5, dict(seed=1)), (4, dict(seed=2))):
+        assert not TeacherOutputs(tmp_path, made_from, 7).read(epoch, [0, 3])[1].any()
 
 
-def test_views_with_damage_are_not_whole(tmp_path):
-    views = Views(tmp_path, {}, (2, 3, 4, 4), 7, 3, rank=0)
-    for i in range(3):
-        views.write(0, i, torch.full(views.shape, i, dtype=torch.uint8), torch.zeros(2, 7).half())
-    content = bytearray(views.path(0).read_bytes())
-    content[views.record + 5] ^= 1
-    views.path(0).write_bytes(content)
-    damaged = Views(tmp_path, {}, (2, 3, 4, 4), 7, 3, rank=0)
-    assert not damaged.whole(0) and not damaged.whole(0, 1) and damaged.whole(0, 2)
-    views.path(0).write_bytes(content[:-1])
-    assert not Views(tmp_path, {}, (2, 3, 4, 4), 7, 3, rank=0).whole(0, 2)
+@pytest.mark.parametrize("values", [0.0, 1.0])
+def test_damaged_outputs_are_unknown(tmp_path, values):
+    outputs = TeacherOutputs(tmp_path, {}, 7)
+    outputs.write(0, [0, 1, 2], torch.full((3, 7), values))
+    assert outputs.read(0, [0, 1, 2])[1].all()
+    (path,) = outputs.folder.glob("*.outputs")
+    content = bytearray(path.read_bytes())
+    content[outputs.record + 5] ^= 1
+    path.write_bytes(content[:-1])
+    assert outputs.read(0, [0, 1, 2])[1].tolist() == [True, False, False]
+    outputs.write(0, [1], torch.full((1, 7), 2.0))
+    assert outputs.read(0, [1])[0].unique().tolist() == [2.0]
+
+
+def test_a_position_is_that_of_the_sampler(tmp_path, monkeypatch):
+    """Whatever the number of processes and the batch, a kept output belongs to the view that it was made of."""
+    views = {}  # by (epoch, position), as the sampler has them
+    for world, batch_size in ((1, 4), (2, 3)):
+        monkeypatch.setattr(dist, "get_world_size", lambda world=world: world)
+        for rank in range(world):
+            monkeypatch.setattr(dist, "get_rank", lambda rank=rank: rank)
+            sampler = SeededSampler(DistributedSampler(range(24), world, rank), seed=5)
+            sampler.start(7)
+            items = [*sampler]
+            batches = [items[i : i + batch_size] for i in range(0, len(items), batch_size)]
+            distillation = Distillation(lambda images: images[:, :1].half(), lambda *batch: batch, batch_size)
+            outputs = TeacherOutputs(tmp_path / f"{world}", {}, 1)
+            drawn = ((torch.tensor([[float(index)] for index, _ in batch]), None) for batch in batches)
+            for i, (images, _) in enumerate(distillation.batches(7, 0, lambda *_, drawn=drawn: drawn)):
+                found = distillation.look_up(images, outputs)
+                assert torch.equal(found, images)
+                for (index, place), value in zip(batches[i], found):
+                    assert outputs.read(7, [place[2]])[0].item() == value == index
+                    assert views.setdefault(place, index) == index
+    assert len(views) == 24
 
 
 @pytest.fixture
@@ -147,7 +176,7 @@ def distil(folder, tmp_path, lite, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr("container.training.run.estimate", lambda *_: dict(params=1, gmacs=1.0, gib=1.0))
     monkeypatch.setattr("container.training.report.plot_curves", lambda *_: None)
-    settings = "--recipe distill --epochs 4 --batch-size 16 --img-size 32 --workers 0 --view-epochs 2"
+    settings = "--recipe distill --epochs 4 --batch-size 16 --img-size 32 --workers 0 --view-epochs 2 --mixup 0"
     settings += " --teacher tf_efficientnet_lite0 --teacher-size 40 --teacher-checkpoint"
 
     def call(*arguments, output="output", folders=(folder,)):
@@ -161,34 +190,66 @@ def assert_same(first, second):
     assert all(torch.equal(value, second["state_dict"][key]) for key, value in first["state_dict"].items())
 
 
-def test_views_repeat_and_the_teacher_sees_each_once(distil, monkeypatch):
-    """Read from the disk, or drawn and asked about again, they make the same weights to the bit."""
-    drawn, write = [], Views.write
+@pytest.fixture
+def asked(monkeypatch):
+    """Numbers of images that teachers are asked about, besides the twelve held out."""
+    counts, call = [], Teacher.__call__
     monkeypatch.setattr(
-        Views, "write", lambda views, epoch, i, *batch: drawn.append((epoch, i)) or write(views, epoch, i, *batch)
+        Teacher, "__call__", lambda teacher, images: counts.append(len(images)) or call(teacher, images)
     )
+    return counts
+
+
+def test_views_repeat_and_the_teacher_sees_each_once(distil, asked, monkeypatch):
+    """Kept on the disk, or asked about again, its outputs make the same weights to the bit."""
     kept = distil()
-    assert drawn == [(epoch, i) for epoch in (0, 1) for i in range(3)]
-    monkeypatch.setattr(Views, "whole", lambda *_: False)
-    assert_same(distil(output="drawn"), kept)
-    assert len(drawn) == 6 + 12
-    monkeypatch.undo()
+    assert asked == [12] + 6 * [16]
+    monkeypatch.setattr(TeacherOutputs, "write", lambda *_: None)
+    assert_same(distil(output="again"), kept)
+    assert asked[7:] == [12] + 12 * [16]
 
 
-@pytest.mark.slow
-def test_runs_share_views(distil, tmp_path, monkeypatch):
-    whole = distil("--view-dir", str(tmp_path / "views"))
-    assert not (tmp_path / "output" / "views").exists()
-    monkeypatch.setattr(Teacher, "__call__", lambda *_: pytest.fail("asked"))
-    assert_same(distil("--view-dir", str(tmp_path / "views"), output="again"), whole)
-    other = distil("--view-dir", str(tmp_path / "views"), "--model", "container_nano", output="other")
-    assert other["progress"]["epoch"] == 4
+def test_runs_share_outputs(distil, asked, tmp_path):
+    """With another student, another batch and smaller images, which the teacher sees in full."""
+    whole = distil("--view-dir", str(tmp_path / "views"), "--epochs", "2")
+    assert not (tmp_path / "output" / "views").exists() and asked == [12] + 6 * [16]
+    words = ["--view-dir", str(tmp_path / "views"), "--epochs", "2"]
+    assert_same(distil(*words, output="again"), whole)
+    assert asked[7:] == [12]
+    words += ["--model", "container_nano", "--batch-size", "8", "--start-size", "16"]
+    distil(*words, "--model-args", "patch_sizes=(2,2,2,2)", output="other")
+    assert asked[8:] == [8, 4]  # the photos held out
+
+
+def test_outputs_of_other_photos_are_not_taken(distil, asked, folder, tmp_path):
+    """Of the same names and sizes."""
+    words = ["--view-dir", str(tmp_path / "views"), "--epochs", "1"]
+    distil(*words)
+    for path in (folder / "train").rglob("*.jpg"):
+        with Image.open(path) as image:
+            ImageOps.invert(image.convert("RGB")).save(path)
+    distil(*words, output="other")
+    assert asked == 2 * ([12] + 3 * [16])
+    assert len([*(tmp_path / "views").iterdir()]) == 2
+
+
+def test_the_student_sees_small_images_and_the_teacher_large_ones(distil, monkeypatch):
+    sides, forward = [], ClassificationTask.forward
+    monkeypatch.setattr(
+        ClassificationTask, "forward", lambda task, x, target: sides.append(x.shape[-1]) or forward(task, x, target)
+    )
+    seen, call = [], Teacher.__call__
+    monkeypatch.setattr(
+        Teacher, "__call__", lambda teacher, images: seen.append(images.shape[-1]) or call(teacher, images)
+    )
+    distil("--start-size", "16", "--epochs", "2", "--model-args", "patch_sizes=(2,2,2,2)")
+    assert sides == 3 * [16] + 3 * [32] and set(seen) == {32}
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("repeat", ["0", "2"])
 def test_a_run_goes_on_to_the_bit(distil, monkeypatch, repeat):
-    """Cut off at each of its steps, in an epoch that is drawn, and in one that is read."""
+    """Cut off at each of its steps, in an epoch about which the teacher is asked, and in one that repeats."""
     whole, after = distil("--view-epochs", repeat, output="whole"), Run.after_step
     for step in (2, 4, 8, 11):
 
