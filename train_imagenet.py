@@ -174,12 +174,6 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         default=default_workers(),
         help="data loading workers per process; default: the process's share of the cores less one, at most 16",
     )
-    data.add_argument(
-        "--loader",
-        choices=("pil", "tensor"),
-        default="pil",
-        help="library that decodes and crops training images: Pillow, or torchvision, which is faster",
-    )
     model = parser.add_argument_group("model")
     model.add_argument("--model", help="a timm model name")
     model.add_argument("--pretrained", action="store_true", help="start from the model's pre-trained weights")

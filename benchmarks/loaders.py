@@ -1,9 +1,9 @@
-"""Measures how many training images per second a CPU core prepares, with `--loader pil` and `--loader tensor`.
+"""Measures how many training images per second a CPU core prepares, with the Pillow that is installed.
 
     python -m benchmarks.loaders --photos DIR
 
 It counts the CPU time of this process, with one thread and no workers. Other load on the machine thus matters little,
-and waiting for a disk not at all. Both loaders draw the same crops and operations.
+and waiting for a disk not at all.
 """
 
 import argparse
@@ -24,11 +24,10 @@ from timm.data.loader import fast_collate
 from timm.data.readers.img_extensions import get_img_extensions
 from torch.utils.data import Dataset
 
-from benchmarks.measure import device_name, environment, ratios, spread, table
+from benchmarks.measure import device_name, environment, spread, table
 from container.files import write_atomically
 from container.images import open_rgb
 from container.training.seeding import SeededDataset
-from container.training.tensor import decode, tensor_transform
 
 RECIPE = Path(__file__).parent.parent / "container" / "training" / "recipes" / "paper.yaml"
 BATCH = 32  # images
@@ -37,8 +36,8 @@ DECODING = "decoding alone"  # gives images of different sizes, which cannot be 
 Pipeline = Callable[[Any], Any]  # from an open file to an image
 
 
-def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
-    """Returns the pipelines from a file to an image, by task and by loader.
+def pipelines(size: int) -> dict[str, Pipeline]:
+    """Returns the pipelines from a file to an image, by task.
 
     Args:
         size: Image size in pixels.
@@ -46,29 +45,17 @@ def pipelines(size: int) -> dict[str, dict[str, Pipeline]]:
     recipe = yaml.safe_load(RECIPE.read_text())
     cfg = timm.get_pretrained_cfg(recipe["model"])
     assert cfg is not None
-    config = dict(input_size=(3, size, size), interpolation=cfg.interpolation)
-    options: dict[str, Any] = dict(use_prefetcher=True, **config)
+    options: dict[str, Any] = dict(input_size=(3, size, size), interpolation=cfg.interpolation, use_prefetcher=True)
     policy = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=recipe["aa"])
     plain = dict(scale=recipe["scale"], hflip=recipe["hflip"], auto_augment=None, color_jitter=None)
 
-    def pil(transform: Pipeline) -> Pipeline:
-        return lambda file: transform(open_rgb(file))
-
-    def tensor(transform: Pipeline) -> Pipeline:
-        return lambda file: transform(decode(file))
-
-    return {
-        "training, recipe paper": {
-            "pil": pil(create_transform(is_training=True, **options, **policy)),
-            "tensor": tensor(tensor_transform(config, policy)),
-        },
-        "training, without auto-augment": {
-            "pil": pil(create_transform(is_training=True, **options, **plain)),
-            "tensor": tensor(tensor_transform(config, plain)),
-        },
-        DECODING: {"pil": pil(lambda image: image), "tensor": tensor(lambda image: image)},
-        "evaluation": {"pil": pil(create_transform(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, **options))},
+    transforms: dict[str, Pipeline] = {
+        "training, recipe paper": create_transform(is_training=True, **options, **policy),
+        "training, without auto-augment": create_transform(is_training=True, **options, **plain),
+        DECODING: lambda image: image,
+        "evaluation": create_transform(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, **options),
     }
+    return {name: lambda file, transform=t: transform(open_rgb(file)) for name, t in transforms.items()}
 
 
 class Photos(Dataset):
@@ -83,18 +70,14 @@ class Photos(Dataset):
             return self.pipeline(file), 0
 
 
-def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str, list[float]]]:
-    """Measures the CPU seconds per image of every pipeline and loader, one value per round.
+def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, list[float]]:
+    """Measures the CPU seconds per image of every pipeline, one value per round.
 
     They include seeding, reading, the pipeline, and collating batches. Pipelines take turns at every batch, and the
     first one changes, so that other jobs on the same core slow all of them down alike.
     """
-    works = [
-        (name, loader, SeededDataset(Photos(paths, pipeline)))
-        for name, ways in pipelines(size).items()
-        for loader, pipeline in ways.items()
-    ]
-    times: dict[str, dict[str, list[float]]] = {}
+    works = [(name, SeededDataset(Photos(paths, pipeline))) for name, pipeline in pipelines(size).items()]
+    times: dict[str, list[float]] = {name: [] for name, _ in works}
     for turn in range(rounds + 1):
         sums = [0.0] * len(works)
         for batch, first in enumerate(range(0, len(paths), BATCH)):
@@ -102,32 +85,26 @@ def measure(paths: Sequence[Path], size: int, rounds: int) -> dict[str, dict[str
             for k in range(len(works)):
                 k = (k + turn + batch) % len(works)
                 start = time.process_time()
-                images = [works[k][2][place] for place in places]
+                images = [works[k][1][place] for place in places]
                 if works[k][0] != DECODING:
                     fast_collate(images)
                 sums[k] += time.process_time() - start
         if turn:  # the first round is a warm-up
-            for (name, loader, _), seconds in zip(works, sums, strict=True):
-                times.setdefault(name, {}).setdefault(loader, []).append(seconds / len(paths))
+            for (name, _), seconds in zip(works, sums, strict=True):
+                times[name].append(seconds / len(paths))
     return times
 
 
 def report(record: dict[str, Any]) -> str:
     """Returns a Markdown table of images per second and core, with quartiles, and a description of the setup."""
-
-    def cell(values: Sequence[float], digits: int) -> str:
-        low, median, high = spread(values)
-        return f"{median:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
-
     rows = []
     for name, times in record["seconds_per_image"].items():
-        rates = {loader: cell([1 / value for value in values], 0) for loader, values in times.items()}
-        faster = cell(ratios(times["pil"], times["tensor"]), 2) if "tensor" in times else ""
-        rows.append([name, rates["pil"], rates.get("tensor", ""), faster])
+        low, median, high = spread([1 / seconds for seconds in times])
+        rows.append([name, f"{median:.0f} ({low:.0f} to {high:.0f})"])
     photos = record["photos"]
     return "\n".join(
         [
-            table(["images/s and core", "pil", "tensor", "times as fast"], rows),
+            table(["task", "images/s and core"], rows),
             "",
             f"{photos['count']} photos, {photos['width']:.0f} x {photos['height']:.0f} pixels and "
             f"{photos['bytes'] / 1000:.0f} kB on average, to {record['size']} x {record['size']}; "

@@ -16,7 +16,6 @@ TRAINING = [
     "recipe",
     "curves",
     "data",
-    "tensor",
     "loader",
     "loop",
     "distill",

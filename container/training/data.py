@@ -34,7 +34,6 @@ __all__ = [
     "mend_posterize",
     "open_photos",
     "open_validation",
-    "operations",
 ]
 
 
@@ -45,14 +44,6 @@ def _posterize(image: Image.Image, bits_to_keep: int, **hparams: object) -> Imag
     return image if bits_to_keep >= 8 else ImageOps.posterize(image, bits_to_keep)
 
 
-def operations(policy: Any) -> list[Any]:
-    """Returns the operations of a timm auto-augment policy, or an empty list for anything else.
-
-    The `aug_fn` of each operation can be replaced.
-    """
-    return [*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))]
-
-
 def mend_posterize(policy: Any) -> Any:
     """Makes timm's auto-augment policy accept posterizing to 0 bits, and returns the policy.
 
@@ -60,7 +51,7 @@ def mend_posterize(policy: Any) -> Any:
     made such an image black until version 13, which raises an error instead. With timm's own operation, a run would
     then fail in its first epoch.
     """
-    for operation in operations(policy):
+    for operation in (*getattr(policy, "ops", ()), *chain.from_iterable(getattr(policy, "policy", ()))):
         if operation.name.startswith("Posterize"):
             operation.aug_fn = _posterize
     return policy
@@ -283,8 +274,7 @@ class Images(ImageDataset):
 
     In training, an unreadable image is replaced by the next readable one. In validation, its class becomes -1, which is
     not counted. The record is in shared memory, so that data loader workers can report to the training process.
-    `classes` are the class names in order, and `left_out` is a message about files without an image suffix. `decode`
-    turns an open file into an image.
+    `classes` are the class names in order, and `left_out` is a message about files without an image suffix.
 
     Args:
         root: Folder of class folders, or tar file. If `reader` is given, it is passed on to timm.
@@ -299,7 +289,6 @@ class Images(ImageDataset):
             reader = on_first_rank(lambda: ClassFolders(path) if path.is_dir() else open_tar(path))
         super().__init__(root, reader=reader, split=split)
         self.train = train
-        self.decode: Callable[[Any], Any] = open_rgb
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # spares a scan of all flags per step
@@ -319,7 +308,7 @@ class Images(ImageDataset):
             try:
                 file, target = self.reader[candidate]
                 with file:
-                    image = self.decode(file)
+                    image = open_rgb(file)
                 break
             except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
                 self.unreadable[candidate] = True

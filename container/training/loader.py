@@ -22,12 +22,9 @@ from timm.data.loader import PrefetchLoader, fast_collate
 from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
-from container.images import open_rgb
-
-from .data import Images, mend_posterize
+from .data import mend_posterize
 from .distributed import SIGNALS
 from .seeding import SeededDataset, SeededSampler, seed_everything
-from .tensor import decode, tensor_transform
 
 __all__ = [
     "advice",
@@ -64,19 +61,17 @@ def default_workers() -> int:
     return min(max(1, cores() - 1), _MOST)
 
 
-def advice(share: float, workers: int, loader: str = "pil") -> str:
+def advice(share: float, workers: int) -> str:
     """Returns advice for an epoch that waited for data more than 20 % of its time, or else ''.
 
     Args:
         share: Share of the epoch's time spent waiting.
         workers: Number of data loader workers of this process.
-        loader: Value of `--loader`.
     """
     if share <= _WAIT:
         return ""
     here = cores()
     ways = [f"more --workers ({workers} of {here} cores used)"] if workers < here else []
-    ways += ["--loader tensor"] if loader == "pil" else []
     ways += [f"{'or ' if ways else ''}images pre-resized"]
     return f"data_wait {100 * share:.0f} %: {', '.join(ways)}"
 
@@ -156,7 +151,6 @@ def create_train_loader(
     workers: int,
     seed: int,
     device: torch.device,
-    loader: str = "pil",
 ) -> PrefetchLoader:
     """Creates a training loader like `timm.data.create_loader`, but seeded by sample instead of by worker.
 
@@ -170,29 +164,19 @@ def create_train_loader(
         workers: Number of data loader workers. It does not affect the batches, except those of streamed data.
         seed: The run's seed.
         device: Device that images are moved to and normalised on.
-        loader: 'pil' for Pillow, or 'tensor' for torchvision, which is faster. Both draw the same augmentation; their
-            pixels differ by rounding.
 
     Raises:
-        ValueError: Repeats are set for streamed data, there are fewer shards than processes, or the tensor loader is
-            set for data that another library decodes.
+        ValueError: Repeats are set for streamed data, or there are fewer shards than processes.
     """
-    if isinstance(dataset, Images):
-        dataset.decode = decode if loader == "tensor" else open_rgb
-    elif loader == "tensor":
-        raise ValueError("--loader tensor reads folders, tar files and Hugging Face data: --loader pil")
-    if loader == "tensor":
-        dataset.transform = tensor_transform(config, augmentation)
-    else:
-        dataset.transform = create_transform(
-            config["input_size"],
-            is_training=True,
-            use_prefetcher=True,
-            interpolation=config["interpolation"],
-            **augmentation,
-        )
-        for part in dataset.transform.transforms:
-            mend_posterize(part)
+    dataset.transform = create_transform(
+        config["input_size"],
+        is_training=True,
+        use_prefetcher=True,
+        interpolation=config["interpolation"],
+        **augmentation,
+    )
+    for part in dataset.transform.transforms:
+        mend_posterize(part)
     if isinstance(dataset, IterableImageDataset):
         if repeats:
             raise ValueError("a stream cannot give an image twice: --aug-repeats 0")
@@ -225,8 +209,6 @@ def create_val_loader(
     persistent: bool = False,
 ) -> PrefetchLoader:
     """Creates a validation loader like `timm.data.create_loader`, in order. Each process gets its share of the images.
-
-    It always uses Pillow, so that accuracies are comparable with timm's.
 
     Args:
         dataset: timm dataset, or any dataset with a `transform`.

@@ -199,7 +199,6 @@ class Run:
             workers=args.workers,
             seed=args.seed,
             device=self.task.device,
-            loader=args.loader,
         )
 
     def open(self) -> bool:
@@ -265,7 +264,7 @@ class Run:
             if not isinstance(self.train_set, Images):
                 raise ValueError("--view-epochs is for photos in folders")
             names = ["teacher", "teacher_size", "seed", "scale", "train_interpolation", "hflip", "aa", "color_jitter"]
-            names += ["aug_repeats", "loader", "amp"]
+            names += ["aug_repeats", "amp"]
             made_from = {name: getattr(args, name) for name in names}
             made_from |= {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
             made_from |= dict(weights=self.fixed["teacher_weights"], device=self.task.device.type)
@@ -527,7 +526,7 @@ class Run:
         line = f"epoch {progress.epoch + 1:3d}: loss {row['train_loss']:.3f}, validation {metrics['top1']:.2f} % top-1"
         line += f", averaged weights {metrics['ema_top1']:.2f} %" if self.task.has_ema() else ""
         # In a short epoch, most of the wait is for the workers to start.
-        slow = advice(row["data_wait"], args.workers, args.loader) if progress.seconds > 60 else ""
+        slow = advice(row["data_wait"], args.workers) if progress.seconds > 60 else ""
         return f"{line}\n{slow}" if slow else line
 
     def write_report(self) -> None:

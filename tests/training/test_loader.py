@@ -124,48 +124,6 @@ def test_every_policy_may_keep_no_bit(policy):
     assert not set(found) & set(NAME_TO_OP.values())
 
 
-def open_images(folder, kind, to):
-    """The training part as a folder, a tar file or a Hugging Face dataset."""
-    if kind == "folder":
-        return Images(str(folder / "train"), train=True)
-    if kind == "hfds":
-        (folder / "val").rename(folder / "validation")
-        (to / "cache").mkdir()
-        return create_datasets(to / "cache", f"hfds/{folder}")[0]
-    with tarfile.open(to / "train.tar", "w") as archive:
-        archive.add(folder / "train", "train")
-    return Images(str(to / "train.tar"), train=True)
-
-
-@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
-@pytest.mark.parametrize("kind", ["folder", "tar", "hfds"])
-def test_the_tensor_loader_s_batches(folder, tmp_path, kind):
-    """They do not depend on workers, begin anywhere, and are those of Pillow's loader but for rounding."""
-    images = open_images(folder, kind, tmp_path)
-
-    def loader(workers, name="tensor"):
-        return create_train_loader(images, CONFIG, AUGMENTATION, 0, 8, workers, seed=1, device=CPU, loader=name)
-
-    alone, with_workers = loader(0), loader(2)
-    whole = list(epoch_batches(alone, seed=1, epoch=3))
-    assert len(whole) == 48 // 8 and not images.unreadable.any()
-    assert_equal(whole, list(epoch_batches(with_workers, seed=1, epoch=3)))
-    assert_equal(whole[4:], list(epoch_batches(with_workers, seed=1, epoch=3, first=4)))
-    assert not torch.equal(whole[0][0], next(iter(epoch_batches(alone, seed=1, epoch=4)))[0])
-    pillows = list(epoch_batches(loader(0, "pil"), seed=1, epoch=3))
-    for (ours, targets), (theirs, their_targets) in zip(whole, pillows):
-        assert torch.equal(targets, their_targets)
-        assert 0 < (ours - theirs).abs().mean() * 255 * CONFIG["std"][0] < 1.5
-
-
-def test_the_tensor_loader_is_for_files(shards):
-    for dataset in (Digits(train=True), create_datasets(shards, "wds/", num_classes=2, batch_size=8)[0]):
-        with pytest.raises(
-            ValueError, match="--loader tensor reads folders, tar files and Hugging Face data: --loader"
-        ):
-            create_train_loader(dataset, CONFIG, AUGMENTATION, 0, 8, 1, seed=1, device=CPU, loader="tensor")
-
-
 @pytest.mark.parametrize(
     "allowed, limit, processes, expected",
     [
@@ -196,16 +154,8 @@ def test_cores_are_those_of_this_process(monkeypatch, tmp_path, allowed, limit, 
 def test_advice_says_what_is_left_to_do(monkeypatch):
     monkeypatch.setattr(container.training.loader, "cores", lambda: 12)
     assert advice(0.2, workers=8) == ""
-    assert (
-        advice(0.45, workers=8)
-        == "data_wait 45 %: more --workers (8 of 12 cores used), --loader tensor, or images pre-resized"
-    )
-    assert (
-        advice(0.21, workers=11, loader="tensor")
-        == "data_wait 21 %: more --workers (11 of 12 cores used), or images pre-resized"
-    )
-    assert advice(1.0, workers=12) == "data_wait 100 %: --loader tensor, or images pre-resized"
-    assert advice(1.0, workers=12, loader="tensor") == "data_wait 100 %: images pre-resized"
+    assert advice(0.45, workers=8) == "data_wait 45 %: more --workers (8 of 12 cores used), or images pre-resized"
+    assert advice(1.0, workers=12) == "data_wait 100 %: images pre-resized"
 
 
 @pytest.mark.parametrize("number", [signal.SIGTERM, signal.SIGHUP], ids=lambda number: number.name)
