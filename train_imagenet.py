@@ -41,6 +41,7 @@ from container.training import (
     Run,
     Teacher,
     check_classes,
+    compose_accents,
     create_datasets,
     create_val_loader,
     default_workers,
@@ -337,7 +338,7 @@ def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[s
         known = len(container.weights.read(checkpoint).get(f"{cfg.classifier}.weight", ()))
         names = container.weights.class_names(checkpoint)
     subset = None if names else infer_imagenet_subset(dict(num_classes=known))
-    return known, list(names or (ImageNetInfo(subset).label_names() if subset else ()))
+    return known, [compose_accents(name) for name in names or (ImageNetInfo(subset).label_names() if subset else ())]
 
 
 def learns_alone(args: argparse.Namespace) -> bool:

@@ -10,6 +10,7 @@ import argparse
 import json
 import time
 from collections.abc import Callable, Sequence
+from functools import partial
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -55,7 +56,12 @@ def pipelines(size: int) -> dict[str, Pipeline]:
         DECODING: lambda image: image,
         "evaluation": create_transform(crop_pct=cfg.crop_pct, crop_mode=cfg.crop_mode, **options),
     }
-    return {name: lambda file, transform=t: transform(open_rgb(file)) for name, t in transforms.items()}
+    return {name: partial(prepare, transform=transform) for name, transform in transforms.items()}
+
+
+def prepare(file: Any, transform: Pipeline) -> Any:
+    """Returns what a transform makes of the photo in an open file."""
+    return transform(open_rgb(file))
 
 
 class Photos(Dataset):

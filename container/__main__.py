@@ -68,7 +68,7 @@ def main(argv: list[str] | None = None) -> None:
             args.command(args)
         except KeyboardInterrupt:
             raise SystemExit("container: interrupted") from None
-        except KeyError as error:
+        except weights.UnknownWeightsError as error:
             raise SystemExit(f"container: no weights {error}: `container weights list` names them") from None
         except (ImportError, OSError, RuntimeError, ValueError) as error:
             if isinstance(error, OSError) and error.strerror and error.filename:

@@ -109,10 +109,10 @@ def _freeze(body: nn.Module, frozen_stages: int) -> list[str]:
 
 def features(name: str, **options: Any) -> Any:
     """Creates a timm model with `features_only=True`; rejects models that are tied to one image size."""
-    cfg = timm.get_pretrained_cfg(name)
-    if cfg is not None and cfg.fixed_input_size:
+    model: Any = timm.create_model(name, features_only=True, **options)
+    if model.pretrained_cfg.get("fixed_input_size"):  # its own: timm has no cfg for the name of a folder
         raise ValueError(f"{name} is tied to one image size, and detectors see many")
-    return timm.create_model(name, features_only=True, **options)
+    return model
 
 
 def feature_pyramid(
@@ -188,7 +188,7 @@ def retinanet(
     """
     backbone = feature_pyramid(name, levels=levels, coarser=2, **pyramid)
     sizes = tuple(tuple(int(4 * r * 2 ** (i / 3)) for i in range(3)) for r in backbone.reduction)
-    return _detector(RetinaNet, name, backbone, num_classes, min_size, max_size, anchor_generator=sizes)
+    return _detector(RetinaNet, backbone, num_classes, min_size, max_size, anchor_generator=sizes)
 
 
 def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 1333, **pyramid: Any) -> MaskRCNN:
@@ -200,13 +200,13 @@ def mask_rcnn(name: str, num_classes: int, min_size: int = 800, max_size: int = 
     """
     backbone = feature_pyramid(name, coarser=1, **pyramid)
     sizes = tuple((8 * r,) for r in backbone.reduction)
-    return _detector(MaskRCNN, name, backbone, num_classes, min_size, max_size, rpn_anchor_generator=sizes)
+    return _detector(MaskRCNN, backbone, num_classes, min_size, max_size, rpn_anchor_generator=sizes)
 
 
 def _detector(
-    kind: type[Any], name: str, backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **sizes: Any
+    kind: type[Any], backbone: FeaturePyramid, num_classes: int, min_size: int, max_size: int, **sizes: Any
 ) -> Any:
-    cfg = timm.get_pretrained_cfg(name)
-    statistics = dict(image_mean=cfg.mean, image_std=cfg.std) if cfg is not None else {}
+    cfg: Any = backbone.body.pretrained_cfg
+    statistics = {f"image_{key}": cfg[key] for key in ("mean", "std") if cfg.get(key)}
     anchors = {key: AnchorGenerator(value, ((0.5, 1.0, 2.0),) * len(value)) for key, value in sizes.items()}
     return kind(backbone, num_classes, min_size=min_size, max_size=max_size, **statistics, **anchors)

@@ -1,13 +1,16 @@
 """Files that are written completely or not at all."""
 
 import os
+import secrets
 from pathlib import Path
 
 __all__ = ["write_atomically"]
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
-    """Writes a file under a temporary name, syncs it to disk, and renames it.
+    """Writes a file under a temporary name of its own, syncs it to disk, and renames it.
+
+    If several processes write the same file, each succeeds, and the content is that of one of them.
 
     Args:
         path: The file.
@@ -17,9 +20,9 @@ def write_atomically(path: str | Path, data: bytes | memoryview) -> None:
         OSError: The disk is full or not writable; an existing file is then unchanged.
     """
     path = Path(path)
-    temporary = path.with_name(f"{path.name}.tmp")
+    temporary = path.with_name(f"{path.name}.{secrets.token_hex(8)}.tmp")
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "xb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())  # otherwise a power cut may leave the name without the content

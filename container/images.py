@@ -4,10 +4,19 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import ExifTags, Image, UnidentifiedImageError
 
 __all__ = ["check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
 
+_TURNS = {  # EXIF orientation: what makes the image upright
+    2: Image.Transpose.FLIP_LEFT_RIGHT,
+    3: Image.Transpose.ROTATE_180,
+    4: Image.Transpose.FLIP_TOP_BOTTOM,
+    5: Image.Transpose.TRANSPOSE,
+    6: Image.Transpose.ROTATE_270,
+    7: Image.Transpose.TRANSVERSE,
+    8: Image.Transpose.ROTATE_90,
+}
 _LONGEST = 100  # maximum aspect ratio; resizing a thinner image by its short side would take gigabytes
 
 
@@ -22,10 +31,11 @@ def check_shape(image: Image.Image) -> None:
 
 
 def to_rgb(image: Image.Image) -> Image.Image:
-    """Converts an image to 8-bit RGB, upright according to its EXIF orientation.
+    """Converts an image to 8-bit RGB on white ground, upright according to its EXIF orientation.
 
-    Note: timm and torchvision ignore the EXIF orientation, so phone photos lie on their side. They also clip 16-bit
-    grey values at 255, so these images turn white. Here, photos are turned upright, and 16 bits are scaled to 8.
+    Note: timm and torchvision ignore the EXIF orientation, so phone photos lie on their side. They clip 16-bit grey
+    values at 255, so these images turn white. They drop transparency, so what it hid is seen. Here, photos are turned
+    upright, 16 bits are scaled to 8, and transparent pictures lie on white.
 
     Args:
         image: Image from `PIL.Image.open`.
@@ -35,11 +45,17 @@ def to_rgb(image: Image.Image) -> Image.Image:
             other.
     """
     check_shape(image)
-    ImageOps.exif_transpose(image, in_place=True)
+    image.load()  # some formats turn the image themselves, and then have no orientation
+    # ImageOps.exif_transpose would write all other entries anew, and fail at those that Pillow cannot write.
+    if (orientation := image.getexif().get(ExifTags.Base.Orientation)) in _TURNS:
+        image = image.transpose(_TURNS[orientation])
     if image.mode.startswith("I;16") or (image.mode == "I" and image.format == "PNG"):  # mode I: older Pillow versions
         image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
     elif image.mode in ("I", "F"):
         raise ValueError(f"the scale of grey values of mode {image.mode} is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
 
 

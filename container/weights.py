@@ -12,6 +12,7 @@ import os
 import re
 import sys
 import textwrap
+import unicodedata
 import warnings
 import zipfile
 from contextlib import suppress
@@ -39,6 +40,7 @@ from . import container as model_file
 from .container import checkpoint_filter_fn, is_released
 
 __all__ = [
+    "UnknownWeightsError",
     "check",
     "class_names",
     "create",
@@ -57,6 +59,10 @@ __all__ = [
 
 _logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent
+
+
+class UnknownWeightsError(KeyError):
+    """Raised when there is no record of the weights with a name."""
 
 
 @cache
@@ -89,12 +95,14 @@ def record(name: str) -> dict[str, Any]:
         name: `architecture.tag`.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         RuntimeError: The user's own record is damaged.
     """
     packaged, path = manifest().get(name), weights_dir() / f"{name}.json"
     if not path.is_file() or (packaged and packaged["file"]["sha256"]):
-        return manifest()[name]
+        if packaged is None:
+            raise UnknownWeightsError(name)
+        return packaged
     try:
         own = json.loads(path.read_text(encoding="utf-8"))["weights"][name]
         if not re.fullmatch("[0-9a-f]{64}", own["file"]["sha256"]):
@@ -136,7 +144,7 @@ def check(name: str, path: str | Path) -> str:
         Its sha256.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         RuntimeError: Size or hash differ, or the record has no hash.
     """
     file = record(name)["file"]
@@ -165,7 +173,7 @@ def find(name: str, folder: str | Path | None = None) -> Path | None:
         folder: Folder to look in; `weights_dir()` if None.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
     """
     file = record(name)["file"]
     folders = [_PACKAGE / "pretrained"] if file["packaged"] else [folder or weights_dir()]
@@ -184,7 +192,7 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
             Hugging Face Hub go to the Hub's own cache.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         RuntimeError: The file cannot be found or downloaded, or differs from its record.
     """
     file, path, place = record(name)["file"], find(name, folder), Path(folder or weights_dir(), f"{name}.safetensors")
@@ -286,7 +294,7 @@ def _reason(path: Path, error: Exception) -> str:
 
 
 def class_names(path: str | Path) -> list[str] | None:
-    """Returns the class names in the order of the logits, or None if the file has none.
+    """Returns the class names in the order of the logits, with composed accents (NFC), or None if the file has none.
 
     Files from `train_imagenet.py` have class names.
 
@@ -296,8 +304,10 @@ def class_names(path: str | Path) -> list[str] | None:
     try:
         if str(path).endswith(".safetensors"):
             with safe_open(path, "pt") as file:
-                return json.loads((file.metadata() or {}).get("classes", "null"))
-        return torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fixed"]["class_names"]
+                names = json.loads((file.metadata() or {}).get("classes", "null"))
+        else:
+            names = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fixed"]["class_names"]
+        return None if names is None else [unicodedata.normalize("NFC", name) for name in names]
     except Exception:  # any other file has no class names
         return None
 

@@ -2,11 +2,13 @@
 
 import hashlib
 import json
+import logging
 import os
 import re
 import sys
 import tempfile
 import textwrap
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +26,9 @@ from .files import write_atomically
 __all__ = ["accuracy", "card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
+_logger = logging.getLogger(__name__)
+
+
 def table(markdown: bool = False) -> str:
     """Returns a table of the family and its weights, one line per model, from the models and the manifest.
 
@@ -33,16 +38,14 @@ def table(markdown: bool = False) -> str:
     rows: list[tuple[str, ...]] = [("model", "params", "GMACs", "image", "weights", "what it is")]
     for architecture, cfgs in default_cfgs.items():
         tag, size = cfgs.tags[0], cfgs.default.input_size
-        model = timm.create_model(architecture, pretrained_cfg=tag, device="meta").eval()
-        with FlopCounterMode(display=False) as counter:
-            model(torch.empty(1, *size, device="meta"))
+        params, gmacs = _cost(architecture, size, cfgs.default.num_classes)
         records = [record for record in weights.manifest().values() if record["architecture"] == architecture]
         records.sort(key=lambda record: record["tag"] != tag)  # the default first
         rows.append(
             (
                 f"`{architecture}`" if markdown else architecture,
-                f"{sum(p.numel() for p in model.parameters()) / 1e6:.2f} M",
-                f"{counter.get_total_flops() / 2e9:.2f}",
+                f"{params:.2f} M",
+                f"{gmacs:.2f}",
                 f"{size[-1]} px",
                 "; also ".join(_summary(record, markdown) for record in records) or "none yet",
                 _first_sentence(architecture),
@@ -52,6 +55,14 @@ def table(markdown: bool = False) -> str:
         rows.insert(1, ("---",) * len(rows[0]))
         return "\n".join(f"| {' | '.join(row)} |" for row in rows)
     return columns([row[:-1] for row in rows])
+
+
+def _cost(architecture: str, size: Sequence[int], num_classes: int) -> tuple[float, float]:
+    """Returns millions of parameters, and billions of multiply-adds for one image of the given channels and sides."""
+    model = timm.create_model(architecture, num_classes=num_classes, device="meta").eval()
+    with FlopCounterMode(display=False) as counter:
+        model(torch.empty(1, *size, device="meta"))
+    return sum(p.numel() for p in model.parameters()) / 1e6, counter.get_total_flops() / 2e9
 
 
 def columns(rows: list[tuple[str, ...]]) -> str:
@@ -104,7 +115,7 @@ def verify(name: str) -> tuple[Path, str]:
         The file and its sha256.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         FileNotFoundError: The file is not on this machine.
         RuntimeError: The file differs from its record.
         ValueError: The weights do not fit the model.
@@ -168,7 +179,10 @@ def convert(
     if names and len(names) == record["num_classes"]:
         record["label_names"] = names
     if (summary := Path(path).with_name("summary.json")).is_file():
-        record.update(_from_run(json.loads(summary.read_text()), Path(path).name))
+        try:
+            record.update(_from_run(json.loads(summary.read_text(encoding="utf-8")), Path(path).name))
+        except (AttributeError, KeyError, TypeError, ValueError):
+            _logger.warning("%s is not used: it is no summary of train_imagenet.py", summary)
     if trained_by:
         record["trained_by"] = trained_by
     if license:
@@ -215,7 +229,7 @@ def fetch(name: str) -> Path:
 
     Raises:
         ImportError: gdown is not installed.
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         OSError: The download failed, or the file cannot be written.
         RuntimeError: The download is not a checkpoint.
         ValueError: The download does not fit the model, or a different file was pinned before.
@@ -267,7 +281,7 @@ def export(name: str, folder: str | Path) -> None:
 
     Raises:
         FileExistsError: The folder exists and is not empty.
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
         RuntimeError: The weights cannot be loaded.
     """
     folder = Path(folder)
@@ -280,43 +294,52 @@ def export(name: str, folder: str | Path) -> None:
     config = json.loads((folder / "config.json").read_text())
     config["model_args"].pop("num_classes")  # also at the top level; transformers' TimmWrapper would pass it twice
     (folder / "config.json").write_text(json.dumps(config, indent=2) + "\n")
-    (folder / "README.md").write_text(card(name), encoding="utf-8")
+    (folder / "README.md").write_text(card(name, f"hf-hub:OWNER/{name}"), encoding="utf-8")
 
 
-def card(name: str) -> str:
-    """Returns a model card in Markdown, generated from the record.
+def card(name: str, source: str | None = None) -> str:
+    """Returns a model card in Markdown, generated from the record. What the record does not say is left out.
 
     Args:
         name: `architecture.tag`.
+        source: Where timm finds the weights, such as `hf-hub:OWNER/NAME`; the name itself if None.
 
     Raises:
-        KeyError: There is no such record.
+        UnknownWeightsError: There is no such record.
     """
     record = weights.record(name)
-    training, licence = record["training"] or {}, record["license"]
-    said = dict(
+    training, licence, size = record["training"] or {}, record["license"], record["input"]["input_size"]
+    params, gmacs = _cost(record["architecture"], size, record["num_classes"])
+    epochs = training.get("epochs") and f"{training['epochs']} epochs"
+    details = {
+        "Parameters": f"{params:.2f} M",
+        "GMACs": f"{gmacs:.2f}",
+        "Image size": " x ".join(map(str, size[1:])),
+        "File": record["file"]["bytes"] and f"{record['file']['bytes'] / 1e6:.1f} MB",
+        "Trained by": record["trained_by"],
+        "Data": training.get("data"),
+        "Training": ", ".join(filter(None, (epochs, training.get("hardware"), training.get("time")))),
+        "Command": training.get("command") and f"`{training['command']}`",
+        "Licence": licence["stated"] or licence["weights"],
+        "Results": [
+            f"{r['value']} % {r['metric']} on {r['data']}, measured by {r['measured_by']}"
+            + (f": `{r['command']}`" if r["command"] else "")
+            for r in record["results"]
+        ],
+        "Paper": "https://arxiv.org/abs/2106.01401",
+    }
+    fields = dict(
         license=licence["weights"] or "unknown",
         library_name="timm",
         description=f"{_first_sentence(record['architecture'])}. {record['limits'] or ''}".rstrip(),
-        details={
-            "Trained by": record["trained_by"],
-            "Data": training.get("data"),
-            "Training": f"{training.get('epochs')} epochs, {training.get('hardware')}: `{training.get('command')}`",
-            "Licence": licence["stated"],
-            "Results": [
-                f"{r['value']} % {r['metric']} on {r['data']}, measured by {r['measured_by']}"
-                + (f": `{r['command']}`" if r["command"] else "")
-                for r in record["results"]
-            ],
-            "Paper": "https://arxiv.org/abs/2106.01401",
-        },
+        details={key: value for key, value in details.items() if value},
         usage=textwrap.dedent(
             f"""
             ```python
             import container, timm  # of the package container-timm
 
-            model = timm.create_model("hf-hub:OWNER/{name}", pretrained=True).eval()
+            model = timm.create_model("{source or name}", pretrained=True).eval()
             ```"""
         ),
     )
-    return generate_readme(said, name)
+    return generate_readme(fields, name)

@@ -60,8 +60,22 @@ class Masks(Dataset):
         if missing:
             raise SystemExit(f"{len(missing)} images have no mask, the first {self.masks / missing[0]}.png")
         self.classes, self.foreground = classes, foreground
+        if not foreground:
+            self.check_classes()
         turns = [v2.RandomCrop(crop, pad_if_needed=True, fill={Picture: 0, Mask: IGNORED}), v2.RandomHorizontalFlip()]
         self.transform = v2.Compose(turns) if crop else None
+
+    def check_classes(self) -> None:
+        """Refuses masks of 0 and 255 alone, in which the object would be ignored; ends at the first other class."""
+        white = False
+        for path in self.paths:
+            with Image.open(self.masks / f"{path.stem}.png") as picture:
+                values = np.unique(np.asarray(picture))
+            if not set(values.tolist()) <= {0, IGNORED}:
+                return
+            white = white or IGNORED in values
+        if white:
+            raise SystemExit(f"{self.masks} has only 0 and {IGNORED}, which is ignored: --foreground makes it class 1")
 
     def __len__(self) -> int:
         return len(self.paths)

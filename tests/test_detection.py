@@ -10,7 +10,7 @@ import pytest
 import timm
 import torch
 from conftest import ROOT, randomize
-from timm.models import FeatureInfo
+from timm.models import FeatureInfo, save_for_hf
 from torchvision.ops import FeaturePyramidNetwork
 from torchvision.ops.feature_pyramid_network import LastLevelP6P7
 
@@ -179,6 +179,20 @@ def test_detectors_train_and_detect(name, build):
     found = model.eval()(images)
     assert len(found) == 2 and all(f["boxes"].shape[1] == 4 for f in found)
     assert model.transform.image_mean == timm.get_pretrained_cfg(name).mean
+
+
+@pytest.mark.parametrize("build", [retinanet, mask_rcnn])
+def test_a_detector_on_a_folder_has_the_folder_s_statistics(tmp_path, build):
+    """timm knows no cfg for the name of a folder; the backbone has it."""
+    model = timm.create_model("container_light_nano", num_classes=3)
+    model.pretrained_cfg.update(mean=(0.5, 0.4, 0.3), std=(0.1, 0.2, 0.3))
+    save_for_hf(model, tmp_path / "light", safe_serialization=True)
+    for pretrained in (False, True):
+        detector = build(f"local-dir:{tmp_path / 'light'}", 3, pretrained=pretrained, min_size=64, out_channels=16)
+        assert [*detector.transform.image_mean, *detector.transform.image_std] == [0.5, 0.4, 0.3, 0.1, 0.2, 0.3]
+    save_for_hf(timm.create_model("container_mixer", img_size=64), tmp_path / "mixer", safe_serialization=True)
+    with pytest.raises(ValueError, match=r"mixer is tied to one image size"):
+        build(f"local-dir:{tmp_path / 'mixer'}", 3)
 
 
 def test_detectors_fit_their_strides():

@@ -165,6 +165,24 @@ def test_masks_are_classes_and_what_does_not_fit_is_one_line(nuclei, monkeypatch
         Masks(nuclei / "val", "masks", 2, False)
 
 
+def test_white_masks_are_refused(nuclei, monkeypatch):
+    """Of 0 and 255 alone: the object would be ignored, and finding nothing would be perfect."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    pytest.importorskip("segmentation_models_pytorch", reason="segmentation-models-pytorch is not installed")
+    from segment import Masks
+
+    for path in (nuclei / "val" / "instances").iterdir():
+        with Image.open(path) as picture:
+            white = np.uint8(255 * (np.asarray(picture) > 0))
+        Image.fromarray(white).save(path)
+    with pytest.raises(SystemExit, match="instances has only 0 and 255, which is ignored: --foreground makes it class"):
+        Masks(nuclei / "val", "instances", 2, False)
+    assert Masks(nuclei / "val", "instances", 2, True)[0][1]["mask"].unique().tolist() == [0, 1]
+    white[0, 0] = 1
+    Image.fromarray(white).save(path)  # a border of 255 around a class is as usual
+    assert len(Masks(nuclei / "val", "instances", 2, False)) == 3
+
+
 def test_a_nucleus_is_a_mask_and_the_box_around_it(nuclei, monkeypatch):
     monkeypatch.syspath_prepend(ROOT / "examples")
     pytest.importorskip("torchmetrics", reason="torchmetrics is not installed")

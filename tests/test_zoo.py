@@ -16,10 +16,12 @@ import safetensors.torch
 import timm
 import torch
 from conftest import ROOT, randomize
+from safetensors.torch import save_file
 from server import PAGE, Hub, Share, running
 from test_weights import FREE, OURS, PACKAGED, RELEASED, SCHEMA
 
 from container import weights, zoo
+from container.__main__ import main
 
 
 @pytest.fixture(autouse=True)
@@ -233,11 +235,43 @@ def test_export_is_loaded_by_local_dir(tmp_path):
     assert model.pretrained_cfg["input_size"] == (3, 32, 32) and model.pretrained_cfg["label_names"][0] == "airplane"
     assert timm.create_model(f"local-dir:{folder}", pretrained=True, features_only=True, in_chans=1)
     card, record = (folder / "README.md").read_text(), weights.manifest()[OURS]
+    assert f'timm.create_model("hf-hub:OWNER/{OURS}", pretrained=True)' in card
     for said in ("license: apache-2.0", record["limits"], record["results"][0]["command"], record["license"]["stated"]):
         assert said in card
     assert str(ROOT) not in card + (folder / "config.json").read_text()
     with pytest.raises(FileExistsError, match="is not empty"):
         zoo.export(OURS, folder)
+
+
+def test_a_card_says_what_is_known_and_nothing_else(tmp_path, place):
+    """Of a checkpoint without a run's summary beside it, the model and the file; and how it is loaded here."""
+    save_file(timm.create_model("container_light_nano", num_classes=7).state_dict(), tmp_path / "own.safetensors")
+    zoo.convert(tmp_path / "own.safetensors", "container_light_nano.mine")
+    card = zoo.card("container_light_nano.mine")
+    assert "None" not in card and "Trained by" not in card
+    for line in ("**Parameters:** 0.91 M", "**GMACs:** 0.05", "**Image size:** 128 x 128", "**File:** 3.7 MB"):
+        assert line in card
+    assert 'timm.create_model("container_light_nano.mine", pretrained=True)' in card
+    assert "hf-hub:me/mine" in zoo.card("container_light_nano.mine", "hf-hub:me/mine")
+
+
+@pytest.mark.parametrize("content", ["[]", "{}", '{"hardware": 1}', '{"hardware": {}', "\x00"])
+def test_a_foreign_summary_beside_a_checkpoint_is_named_and_left_out(tmp_path, place, caplog, content):
+    save_file(timm.create_model("container_light_nano").state_dict(), tmp_path / "own.safetensors")
+    (tmp_path / "summary.json").write_text(content)
+    _, record = zoo.convert(tmp_path / "own.safetensors", "container_light_nano.mine")
+    assert record["training"] is None and record["results"] == []
+    assert caplog.messages == [f"{tmp_path / 'summary.json'} is not used: it is no summary of train_imagenet.py"]
+
+
+def test_only_unknown_weights_are_called_unknown(monkeypatch, capsys):
+    with pytest.raises(weights.UnknownWeightsError):
+        weights.record("container_light_nano.none")
+    with pytest.raises(SystemExit, match=r"no weights 'container_light_nano.none': `container weights list` names"):
+        main(["weights", "show", "container_light_nano.none"])
+    monkeypatch.setattr(weights, "record", lambda name: {}["hardware"])
+    with pytest.raises(KeyError, match="hardware"):  # a fault of ours is shown as one
+        main(["weights", "show", OURS])
 
 
 @pytest.mark.slow

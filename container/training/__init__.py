@@ -2,7 +2,7 @@
 
 from .checkpoint import Checkpoints, Progress
 from .curves import plot_curves
-from .data import Digits, Images, Photos, check_classes, create_datasets, open_photos, open_validation
+from .data import Digits, Images, Photos, check_classes, compose_accents, create_datasets, open_photos, open_validation
 from .depthwise import speed_up_depthwise
 from .distill import Distillation, Divergence, Teacher, TeacherOutputs
 from .distributed import Agreement, StopSignal, join_group
@@ -33,6 +33,7 @@ __all__ = [
     "advice",
     "ask_ahead",
     "check_classes",
+    "compose_accents",
     "cores",
     "create_datasets",
     "create_train_loader",

@@ -3,6 +3,7 @@
 import hashlib
 import os
 import tarfile
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable
 from contextlib import suppress
@@ -30,6 +31,7 @@ __all__ = [
     "Images",
     "Photos",
     "check_classes",
+    "compose_accents",
     "create_datasets",
     "mend_posterize",
     "open_photos",
@@ -99,6 +101,11 @@ class Digits(Dataset):
         return image if self.transform is None else self.transform(image), int(self.targets[index])
 
 
+def compose_accents(name: str) -> str:
+    """Returns a class name with composed accents (NFC). Those from a Mac are decomposed, and look the same."""
+    return unicodedata.normalize("NFC", name)
+
+
 def _in_order(names: Iterable[str]) -> list[str]:
     """Returns the unique class names in timm's natural order.
 
@@ -134,7 +141,7 @@ class ClassFolders(Reader):
         self.left_out: Counter[str] = Counter()  # number of unused files by suffix
         found: dict[str, list[str]] = {}
         for folder in (entry for entry in os.scandir(root) if entry.is_dir()):
-            images, seen = found.setdefault(folder.name, []), set()
+            images, seen = found.setdefault(compose_accents(folder.name), []), set()
             for place, folders, files in os.walk(folder.path, onerror=_raise, followlinks=True):
                 if (real := os.path.realpath(place)) in seen:
                     folders.clear()  # a symlink to a folder that was visited before
@@ -262,10 +269,11 @@ def open_tar(path: Path) -> ReaderImageInTar:
     if deeper := [folder for folder in folders if len(folder) != depth + 1]:
         which = "/".join(deeper[0]) or "its top"
         raise ValueError(f"{path} has folders in class folders, or images outside of them: in {which}")
-    classes = _in_order(reader.class_name_to_idx)
-    order = {reader.class_name_to_idx[name]: i for i, name in enumerate(classes)}
+    classes = _in_order(map(compose_accents, reader.class_name_to_idx))
+    numbers = {name: i for i, name in enumerate(classes)}
+    order = {index: numbers[compose_accents(name)] for name, index in reader.class_name_to_idx.items()}
     reader.targets = [order[int(target)] for target in reader.targets]
-    reader.class_name_to_idx = {name: i for i, name in enumerate(classes)}
+    reader.class_name_to_idx = numbers
     return reader
 
 
@@ -293,7 +301,7 @@ class Images(ImageDataset):
         self._told = torch.zeros_like(self.unreadable)
         self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # spares a scan of all flags per step
         by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
-        self.classes = sorted(by_index, key=by_index.__getitem__)
+        self.classes = [compose_accents(name) for name in sorted(by_index, key=by_index.__getitem__)]
         others: Any = getattr(self.reader, "left_out", Counter())
         where = ", ".join(map(str, getattr(self.reader, "roots", [root])))
         self.left_out = (
@@ -375,11 +383,12 @@ def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> 
         found: The data's class names in the order of its labels, or None.
 
     Raises:
-        ValueError: The names differ.
+        ValueError: The names differ, by more than the encoding of accents.
     """
-    if known and found and known != found:
-        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(known, found)) if pair[0] != pair[1])
-        counts = f"{len(known)} classes, and the data has {len(found)}"
+    theirs, ours = ([compose_accents(name) for name in names or ()] for names in (known, found))
+    if theirs and ours and theirs != ours:
+        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
+        counts = f"{len(theirs)} classes, and the data has {len(ours)}"
         raise ValueError(f"{of} knows {counts}: number {i} is {there or 'none'} there, and {here or 'none'} here")
 
 

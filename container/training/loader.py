@@ -2,7 +2,6 @@
 
 import ctypes
 import math
-import multiprocessing
 import os
 import shutil
 import signal
@@ -109,6 +108,7 @@ class _Loader(DataLoader[Any]):
     """
 
     _begun: Any = None
+    _current: Any = None  # the last iterator, which has the workers
 
     def begin(self) -> None:
         self._begun = iter(self)
@@ -118,12 +118,19 @@ class _Loader(DataLoader[Any]):
             begun, self._begun = self._begun, None
             return begun
         if not hasattr(signal, "pthread_sigmask"):
-            return super().__iter__()
+            self._current = super().__iter__()
+            return self._current
         before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
         try:
-            return super().__iter__()
+            self._current = super().__iter__()
+            return self._current
         finally:
             signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+    def end_workers(self) -> None:
+        for worker in getattr(self._current, "_workers", ()):
+            worker.kill()
+            worker.join()
 
 
 def _prefetch(
@@ -242,13 +249,15 @@ def create_val_loader(
     )
 
 
-def end_workers() -> None:
-    """Kills all data loader workers of this process, since they ignore the signals that end jobs."""
-    before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a dead worker as a failure
-    for child in multiprocessing.active_children():
-        child.kill()
-        child.join()
-    signal.signal(signal.SIGCHLD, before)
+def end_workers(*loaders: PrefetchLoader) -> None:
+    """Kills the workers of loaders, since they ignore the signals that end jobs."""
+    if hasattr(signal, "SIGCHLD"):
+        before = signal.signal(signal.SIGCHLD, signal.SIG_DFL)  # torch treats a dead worker as a failure
+    for loader in loaders:
+        inner: Any = loader.loader
+        inner.end_workers()
+    if hasattr(signal, "SIGCHLD"):
+        signal.signal(signal.SIGCHLD, before)
 
 
 def growing(start: int, end: int, epochs: int, step: int = 32) -> list[int]:

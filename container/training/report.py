@@ -2,12 +2,12 @@
 
 import csv
 import hashlib
+import importlib.util
 import io
 import json
 import math
 import os
 import platform
-import resource
 import subprocess
 import sys
 from pathlib import Path
@@ -61,13 +61,15 @@ class Report:
         settings: The run's settings, for W&B.
 
     Raises:
-        ImportError: wandb is not installed.
+        ImportError: Matplotlib, TensorBoard or wandb is not installed.
         ValueError: W&B does not start a run.
     """
 
     def __init__(
         self, folder: Path, first: int, wandb: str | None = None, settings: dict[str, Any] | None = None
     ) -> None:
+        if importlib.util.find_spec("matplotlib") is None:  # needed after the first epoch, which may take hours
+            raise ImportError("the curves of a run need Matplotlib: pip install matplotlib")
         self.folder = folder
         self.wandb: Any = None
         if wandb is not None:
@@ -200,10 +202,14 @@ def _events(folder: Path, first: int) -> Any:
     return SummaryWriter(str(folder), purge_step=first)
 
 
-def _peak_memory() -> int:
-    """Returns the peak memory in bytes, of the GPU or else of this process."""
+def _peak_memory() -> float:
+    """Returns the peak memory in bytes, of the GPU or else of this process; NaN where the system does not tell."""
     if torch.cuda.is_initialized():
         return torch.cuda.max_memory_allocated()
+    try:
+        import resource
+    except ImportError:  # a module of Unix
+        return math.nan
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * (1 if sys.platform == "darwin" else 1024)
 
 

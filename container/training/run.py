@@ -553,7 +553,7 @@ class Run:
         """Ends what would outlive the run: the checkpoint thread, data loader workers, logs, and the folder's lock."""
         with suppress(OSError):  # it was already raised where it could be reported
             self.checkpoints.finish()
-        end_workers()
+        end_workers(self.loader, self.val_loader)
         if self.report is not None:
             self.report.close()
         if self.lock is not None:

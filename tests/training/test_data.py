@@ -1,6 +1,7 @@
 """Data of a training run."""
 
 import hashlib
+import json
 import multiprocessing
 import os
 import pickle
@@ -9,6 +10,7 @@ import subprocess
 import sys
 import tarfile
 import tempfile
+import unicodedata
 from pathlib import Path
 
 import numpy as np
@@ -16,9 +18,11 @@ import pytest
 import torch.distributed as dist
 from conftest import ROOT
 from PIL import Image
+from safetensors.torch import save_file
 from timm.data.auto_augment import AugmentOp, RandAugment, rand_augment_transform
 from torchvision.datasets import CIFAR10
 
+from container import weights
 from container.training import Digits, Images, check_classes, create_datasets, open_photos, open_validation
 from container.training.data import ClassFolders, Photos, mend_posterize
 
@@ -377,3 +381,31 @@ def test_classes_of_other_names_are_refused():
         check_classes("x", ["a", "b"], ["a", "c"])
     with pytest.raises(ValueError, match="x knows 1 classes, and the data has 2: number 1 is none there, and c here"):
         check_classes("x", ["a"], ["a", "c"])
+
+
+@LEFT_OPEN
+def test_accents_of_a_mac_are_those_of_linux(tmp_path):
+    """Composed or decomposed, in folders, tar files and records of weights: the same classes, in the same order."""
+    names = ["cafz", "café", "thé"]  # decomposed, café would come before cafz
+    for part, form in (("train", "NFC"), ("val", "NFD")):
+        for name in names:
+            place(tmp_path / "data" / part / unicodedata.normalize(form, name))
+        with tarfile.open(tmp_path / f"{part}.tar", "w") as archive:
+            for name in names:
+                archive.add(
+                    tmp_path / "data" / part / unicodedata.normalize(form, name), unicodedata.normalize(form, name)
+                )
+    for folder in (tmp_path / "data", tmp_path):
+        train, val, count = create_datasets(folder)
+        assert train.classes == val.classes == [unicodedata.normalize("NFC", name) for name in names] and count == 3
+        assert [train[i][1] for i in range(3)] == [val[i][1] for i in range(3)] == [0, 1, 2]
+    both = tmp_path / "both"  # a folder that was copied twice is one class
+    for form in ("NFC", "NFD"):
+        place(both / unicodedata.normalize(form, "thé"))
+    assert Images(str(both)).classes == ["thé"] and len(Images(str(both))) == 2
+    check_classes("x", ["caf\u00e9"], ["cafe\u0301"])
+    with pytest.raises(ValueError, match="number 0 is café there, and cafe here"):
+        check_classes("x", ["cafe\u0301"], ["cafe"])
+    metadata = dict(classes=json.dumps(["cafe\u0301"]))
+    save_file({}, tmp_path / "own.safetensors", metadata)
+    assert weights.class_names(tmp_path / "own.safetensors") == ["caf\u00e9"]

@@ -290,3 +290,22 @@ def test_validation_images_are_what_timm_makes_of_them(name):
 
     ours, _ = next(iter(create_val_loader(One(), config, 1, 0, torch.device("cpu"))))
     torch.testing.assert_close(ours[0], create_transform(**config)(picture), rtol=0, atol=1e-5)
+
+
+def test_only_own_workers_are_ended():
+    """Not other children of the process, such as those of a notebook or a sweep."""
+    other = multiprocessing.get_context("fork").Process(target=time.sleep, args=(60,))
+    other.start()
+    ours, theirs = (
+        create_train_loader(small(Digits(train=True)), CONFIG, AUGMENTATION, 0, 8, 1, seed=1, device=CPU)
+        for _ in range(2)
+    )
+    batches = [iter(epoch_batches(loader, seed=1, epoch=0)) for loader in (ours, theirs)]
+    assert len([next(b) for b in batches]) == 2
+    (mine,), (worker,) = (loader.loader._current._workers for loader in (ours, theirs))
+    container.training.loader.end_workers(ours)
+    assert not mine.is_alive() and worker.is_alive() and other.is_alive()
+    container.training.loader.end_workers(theirs)
+    other.kill()
+    other.join()
+    assert not worker.is_alive() and len(multiprocessing.active_children()) == 0

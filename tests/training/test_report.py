@@ -1,6 +1,7 @@
 """What a run leaves for people and programs to read."""
 
 import csv
+import importlib.util
 import json
 import os
 import shutil
@@ -93,3 +94,20 @@ def test_revision_is_this_project_s_or_none(tmp_path, monkeypatch):
         "# changed\n" + (ROOT / "container" / "__init__.py").read_text()
     )
     assert revision() == head.stdout.strip() + "-dirty"
+
+
+def test_without_matplotlib_a_run_ends_before_its_first_step(tmp_path, monkeypatch):
+    find = importlib.util.find_spec
+    monkeypatch.setattr("importlib.util.find_spec", lambda name: None if name == "matplotlib" else find(name))
+    with pytest.raises(ImportError, match="the curves of a run need Matplotlib: pip install matplotlib"):
+        Report(tmp_path, 0)
+    assert not list(tmp_path.iterdir())
+
+
+def test_the_package_needs_no_module_of_unix_alone(tmp_path):
+    """As on Windows, by an import that fails; memory is then unknown."""
+    (tmp_path / "resource.py").write_text("raise ImportError('no module named resource')")
+    code = "import container.__main__; from container.training import report; print(report._peak_memory())"
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(tmp_path), str(ROOT)])}
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, env=environment)
+    assert done.stdout == "nan\n", done.stderr
