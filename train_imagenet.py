@@ -49,6 +49,7 @@ from container.training import (
     evaluate,
     join_group,
     number,
+    on_first_rank,
     open_photos,
     open_validation,
     parse_with_recipe,
@@ -557,9 +558,11 @@ def main(argv: Sequence[str] | None = None) -> float:
                 return evaluate_weights(args, device)
             train_set, val_set, num_classes = open_data(args)
             seed_everything(args.seed)
-            if args.resume and Checkpoints(args.output).paths():
-                args.checkpoint, args.pretrained = None, False  # a run's checkpoints hold all that it began with
-            model = build_model(args, num_classes, device, getattr(train_set, "classes", None))
+            start = args
+            if args.resume and on_first_rank(lambda: bool(Checkpoints(args.output).paths())):
+                # A run's checkpoints hold all that it began with, whose files may be gone.
+                start = argparse.Namespace(**vars(args) | dict(checkpoint=None, pretrained=False))
+            model = build_model(start, num_classes, device, getattr(train_set, "classes", None))
             teacher = build_teacher(args, model, device)
             run = Run(args, model, build_task(args, model, device), train_set, val_set, teacher)
             if run.rank == 0:

@@ -740,6 +740,23 @@ def test_a_continued_run_is_checked(here, capsys):
     assert forced == {"lr_base": [0.0005, 0.001]}
 
 
+def test_a_continued_run_remembers_how_it_began(here, tmp_path):
+    """Whatever it is continued with, and though the file may be gone."""
+    state = timm.create_model("container_light_nano", num_classes=2).state_dict()
+    save_file(state, tmp_path / "start.safetensors")
+    settings = ("--resume", "auto", "--save-steps", "1")
+    here(*settings, "--epochs", "1", "--checkpoint", str(tmp_path / "start.safetensors"))
+    (tmp_path / "start.safetensors").unlink()
+    for words in (["--checkpoint", str(tmp_path / "start.safetensors")], []):
+        here(*settings, "--epochs", "1", *words)
+        for written in (
+            yaml.safe_load((tmp_path / "output" / "args.yaml").read_text()),
+            json.loads((tmp_path / "output" / "summary.json").read_text())["args"],
+        ):
+            assert written["checkpoint"] == str(tmp_path / "start.safetensors") and written["pretrained"] is False
+            assert written["output"] == "output"
+
+
 @pytest.mark.slow
 def test_forced_settings_are_those_that_count(here, tmp_path):
     """A longer schedule, another rate and another decay from here on, not those in the checkpoint."""

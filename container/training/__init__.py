@@ -5,7 +5,7 @@ from .curves import plot_curves
 from .data import Digits, Images, Photos, check_classes, compose_accents, create_datasets, open_photos, open_validation
 from .depthwise import speed_up_depthwise
 from .distill import Distillation, Divergence, Teacher, TeacherOutputs
-from .distributed import Agreement, StopSignal, join_group
+from .distributed import Agreement, StopSignal, join_group, on_first_rank
 from .loader import advice, ask_ahead, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
 from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import describe, estimate
@@ -46,6 +46,7 @@ __all__ = [
     "evaluate",
     "join_group",
     "number",
+    "on_first_rank",
     "open_photos",
     "open_validation",
     "parse_with_recipe",

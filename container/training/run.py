@@ -46,6 +46,7 @@ FREE |= {"data_dir", "batch_size", "grad_accum"}
 FREE |= {"checkpoint", "pretrained", "teacher_checkpoint", "view_dir"}  # where the run started from
 FREE |= {"compile", "channels_last", "grad_checkpointing"}  # other ways to compute the same
 FREE |= {"eval", "dry_run", "real_labels"}
+START = ("checkpoint", "pretrained", "teacher_checkpoint")  # what a run began with, whatever it is continued with
 BAD_STEPS = 20  # consecutive steps without a finite gradient that end a run
 FUSED = ("adam", "adamw", "sgd")  # torch optimizers whose fused version skips a step without waiting for the GPU
 
@@ -182,6 +183,7 @@ class Run:
         if self.task.has_ema():
             self.parts["state_dict_ema"] = unwrap_model(self.task.get_trainable_module(ema=True))
         self.fixed = {key: value for key, value in vars(args).items() if key not in FREE}
+        self.settings = dict(vars(args))  # as they are written down
         self.fixed |= dict(images=self.images, steps=self.steps, class_names=getattr(train_set, "classes", None))
         if teacher is not None:
             self.fixed["teacher_weights"] = teacher.digest()
@@ -216,7 +218,7 @@ class Run:
         if self.rank == 0:
             self.output = Path(args.output if args.resume else get_outdir(args.output, inc=True))
             self.output.mkdir(parents=True, exist_ok=True)
-            args.output = str(self.output)
+            args.output = self.settings["output"] = str(self.output)
             self.lock = lock(self.output)
             self.checkpoints = Checkpoints(self.output)
             if args.resume:
@@ -239,6 +241,7 @@ class Run:
                 if not (self.forced and key == "scheduler"):
                     part.load_state_dict(state[key])
             self.progress = Progress(**state["progress"])
+            self.settings |= {key: state["settings"][key] for key in START if key in state.get("settings", {})}
             if self.forced:  # loaded optimizer states override the settings: restore those of this call
                 for group, own in zip(self.optimizer.param_groups, options, strict=True):
                     group.update(own)
@@ -248,10 +251,10 @@ class Run:
             self.distillation = self.begin_distillation(self.teacher)
         if self.rank == 0:
             (self.output / "stopped").unlink(missing_ok=True)
-            self.report = Report(self.output, self.progress.epoch, args.wandb, vars(args))
+            self.report = Report(self.output, self.progress.epoch, args.wandb, self.settings)
             self.log = StepLog(self.output, self.done, self.images, args.log_steps, self.report.wandb)
             self.environment = describe_environment(self.task.device)
-            write_atomically(self.output / "args.yaml", yaml.safe_dump(vars(args)).encode())
+            write_atomically(self.output / "args.yaml", yaml.safe_dump(self.settings).encode())
             # Together with the weights, this is what timm's `local-dir:` reads.
             names = dict(label_names=names) if (names := self.fixed["class_names"]) else {}
             save_config_for_hf(self.model, str(self.output / "config.json"), names, None, self.config)
@@ -459,7 +462,9 @@ class Run:
             if not all(finite):
                 which = list(weights)[finite.index(False)]
                 raise FloatingPointError(f"{which} is not finite: not saved, the checkpoints before are as they were")
-            self.checkpoints.begin(self.done, state | dict(progress=asdict(self.progress), fixed=self.fixed))
+            self.checkpoints.begin(
+                self.done, state | dict(progress=asdict(self.progress), fixed=self.fixed, settings=self.settings)
+            )
             if wait:
                 self.checkpoints.finish()
                 if self.stopped:
@@ -545,7 +550,7 @@ class Run:
             last=progress.history[-1],
             skipped_steps=progress.skipped,
             forced=self.forced,
-            args=vars(self.args),
+            args=self.settings,
         )
         self.report.write(progress.history, summary)
 
