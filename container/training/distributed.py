@@ -5,13 +5,13 @@ import signal
 import time
 from collections.abc import Callable
 from types import FrameType
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
-__all__ = ["SIGNALS", "Agreement", "StopSignal", "any_of", "join_group", "on_first_rank"]
+__all__ = ["SIGNALS", "Agreement", "Place", "StopSignal", "any_of", "find_place", "join_group", "on_first_rank"]
 
 SIGNALS = [
     getattr(signal, name)
@@ -37,7 +37,12 @@ def join_group(device: str) -> torch.device:
         KeyError, RuntimeError, ValueError: The launcher's environment variables do not describe a group.
     """
     target = torch.device(device)  # first, so that an invalid name fails before the group is joined
-    local, rank, world = _place()
+    rank, world, local, local_world = find_place()
+    if world > 1 and "RANK" not in os.environ and "MASTER_ADDR" not in os.environ:
+        if local_world < world:
+            raise ValueError(f"{world} processes on several machines: set MASTER_ADDR and MASTER_PORT, or use torchrun")
+        os.environ["MASTER_ADDR"] = "127.0.0.1"
+        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
     if target.type == "cuda":
         torch.backends.cudnn.benchmark = True
         torch.set_float32_matmul_precision("high")
@@ -53,20 +58,36 @@ def join_group(device: str) -> torch.device:
     return target
 
 
-def _place() -> tuple[int, int, int]:
-    """Returns local rank, rank and world size from the environment variables of torchrun, srun or mpirun."""
-    if "RANK" in os.environ:  # without a local rank, as under Kubernetes, each process has one GPU
-        return int(os.environ.get("LOCAL_RANK", 0)), int(os.environ["RANK"]), int(os.environ.get("WORLD_SIZE", 1))
-    if "SLURM_JOB_ID" in os.environ and "SLURM_STEP_ID" not in os.environ:
-        return 0, 0, 1  # the batch script itself, or an salloc shell: only srun would start more processes
-    local, rank, world = world_info_from_env()
-    if world > 1 and "MASTER_ADDR" not in os.environ:
-        beside = os.environ.get("OMPI_COMM_WORLD_LOCAL_SIZE", os.environ.get("MPI_LOCALNRANKS"))
-        if int(beside or world) < world or int(os.environ.get("SLURM_NNODES", 1)) > 1:
-            raise ValueError(f"{world} processes on several machines: set MASTER_ADDR and MASTER_PORT, or use torchrun")
-        os.environ["MASTER_ADDR"] = "127.0.0.1"
-        os.environ.setdefault("MASTER_PORT", str(20000 + int(os.environ.get("SLURM_JOB_ID", 0)) % 10000))
-    return local, rank, world
+class Place(NamedTuple):
+    """Position of this process among those that a launcher started."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1  # processes on this machine
+
+
+def find_place() -> Place:
+    """Finds this process's place in the environment variables of torchrun, srun or mpirun.
+
+    Raises:
+        KeyError, ValueError: The variables do not describe a place.
+    """
+    environment = os.environ
+    if "RANK" in environment:  # without local variables, as under Kubernetes, each process has one machine
+        local = (int(environment.get(name, default)) for name, default in (("LOCAL_RANK", 0), ("LOCAL_WORLD_SIZE", 1)))
+        return Place(int(environment["RANK"]), int(environment.get("WORLD_SIZE", 1)), *local)
+    if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
+        return Place()  # the batch script itself, or an salloc shell: only srun would start more processes
+    local_rank, rank, world = world_info_from_env()
+    beside = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS"))
+    if beside is None and "SLURM_STEP_TASKS_PER_NODE" in environment:  # such as 2(x3),1
+        parts = [part.rstrip(")").split("(x") for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(",")]
+        counts = [part[0] for part in parts for _ in range(int(part[1]) if len(part) > 1 else 1)]
+        beside = counts[int(environment.get("SLURM_NODEID", 0))]
+    if beside is None:
+        beside = world if int(environment.get("SLURM_NNODES", 1)) == 1 else 1
+    return Place(rank, world, local_rank, int(beside))
 
 
 class Agreement:

@@ -22,7 +22,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from .data import mend_posterize
-from .distributed import SIGNALS
+from .distributed import SIGNALS, find_place
 from .seeding import SeededDataset, SeededSampler, seed_everything
 
 __all__ = [
@@ -52,7 +52,7 @@ def cores() -> int:
     with suppress(OSError, ValueError):  # no cgroup v2, or no limit ("max")
         quota, period = map(int, _CPU_MAX.read_text().split())
         count = min(count, math.ceil(quota / period))
-    return max(1, count // int(os.environ.get("LOCAL_WORLD_SIZE", 1)))
+    return max(1, count // find_place().local_world)
 
 
 def default_workers() -> int:
@@ -93,7 +93,7 @@ def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -
     """Checks that the workers' batches fit in /dev/shm. If not, torch would wait for ever."""
     if workers and os.path.isdir("/dev/shm"):
         free = shutil.disk_usage("/dev/shm").free
-        wanted = 2 * workers * batch_size * math.prod(size) * int(os.environ.get("LOCAL_WORLD_SIZE", 1))
+        wanted = 2 * workers * batch_size * math.prod(size) * find_place().local_world
         if wanted > free:
             raise ValueError(
                 f"/dev/shm has {free / 2**20:.0f} MiB free, and {workers} loaders want {wanted / 2**20:.0f}: "

@@ -24,6 +24,7 @@ import container
 from container.files import write_atomically
 
 from .curves import plot_curves
+from .distributed import find_place
 
 __all__ = ["Report", "StepLog", "describe_environment", "write_best"]
 
@@ -41,7 +42,7 @@ def describe_environment(device: torch.device) -> dict[str, Any]:
     versions = dict(python=platform.python_version(), container=container.__version__)
     versions |= {module.__name__: module.__version__ for module in (torch, torchvision, timm, PIL)}
     hardware: dict[str, Any] = dict(
-        processes=int(os.environ.get("WORLD_SIZE", 1)),
+        processes=find_place().world,
         cpu=_cpu(),
         cores=os.cpu_count(),
         threads=torch.get_num_threads(),

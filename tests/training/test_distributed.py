@@ -9,7 +9,8 @@ import torch
 import torch.distributed as dist
 from timm.data import create_loader
 
-from container.training import Agreement, Digits, StopSignal, join_group
+from container.training import Agreement, Digits, StopSignal, cores, describe_environment, join_group
+from container.training.distributed import find_place
 
 
 @pytest.fixture
@@ -105,6 +106,41 @@ def test_two_processes_of_any_launcher_are_one_group(launcher):
     assert sorted(queue.get() for _ in processes) == [(0, 2, 2.0), (1, 2, 2.0)]
     for process in processes:
         process.join()
+
+
+@pytest.mark.parametrize(
+    "variables, place",
+    [
+        ({}, (0, 1, 0, 1)),
+        (dict(RANK="5", WORLD_SIZE="8", LOCAL_RANK="1", LOCAL_WORLD_SIZE="4"), (5, 8, 1, 4)),  # torchrun
+        (dict(RANK="5", WORLD_SIZE="8"), (5, 8, 0, 1)),  # Kubernetes
+        (
+            dict(OMPI_COMM_WORLD_RANK="3", OMPI_COMM_WORLD_SIZE="4", OMPI_COMM_WORLD_LOCAL_RANK="1")
+            | dict(OMPI_COMM_WORLD_LOCAL_SIZE="2"),
+            (3, 4, 1, 2),
+        ),
+        (dict(PMI_RANK="3", PMI_SIZE="4", MPI_LOCALRANKID="1", MPI_LOCALNRANKS="2"), (3, 4, 1, 2)),
+        (
+            dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID="6", SLURM_NTASKS="7", SLURM_LOCALID="0")
+            | dict(SLURM_STEP_TASKS_PER_NODE="2(x3),1", SLURM_NODEID="3", SLURM_NNODES="4"),
+            (6, 7, 0, 1),
+        ),
+        (
+            dict(SLURM_JOB_ID="7", SLURM_STEP_ID="0", SLURM_PROCID="1", SLURM_NTASKS="2", SLURM_LOCALID="1"),
+            (1, 2, 1, 2),
+        ),
+        (dict(SLURM_JOB_ID="7", SLURM_NTASKS="8", SLURM_PROCID="0"), (0, 1, 0, 1)),  # a job's own script
+    ],
+)
+def test_every_launcher_s_place(monkeypatch, tmp_path, variables, place):
+    """For the group, the record of a run, the workers and their shared memory."""
+    for name, value in variables.items():
+        monkeypatch.setenv(name, value)
+    assert find_place() == place
+    assert describe_environment(torch.device("cpu"))["hardware"]["processes"] == place[1]
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    monkeypatch.setattr("container.training.loader._CPU_MAX", tmp_path / "none")
+    assert cores() == 16 // place[3]
 
 
 def test_what_makes_no_group_is_refused(monkeypatch):
