@@ -336,7 +336,8 @@ def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[s
     cfg = get_pretrained_cfg(name)
     known, names = cfg.num_classes if cfg else 0, getattr(cfg, "label_names", None)
     if checkpoint and cfg is not None:
-        known = len(container.weights.read(checkpoint).get(f"{cfg.classifier}.weight", ()))
+        head = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ("",))[0]
+        known = len(container.weights.read(checkpoint).get(f"{head}.weight", ()))
         names = container.weights.class_names(checkpoint)
     subset = None if names else infer_imagenet_subset(dict(num_classes=known))
     return known, [compose_accents(name) for name in names or (ImageNetInfo(subset).label_names() if subset else ())]
@@ -433,6 +434,19 @@ def open_data(args: argparse.Namespace) -> tuple[Any, Any, int]:
     return create_datasets(args.data_dir, args.dataset, splits, args.num_classes, args.batch_size, args.seed)
 
 
+def check_teacher(args: argparse.Namespace, num_classes: int, class_names: list[str] | None) -> None:
+    """Refuses a teacher whose classes are others than the data's; names are compared where both have them."""
+    if not args.teacher:
+        return
+    teacher = args.teacher_checkpoint or args.teacher
+    known, names = known_classes(args.teacher, args.teacher_checkpoint)
+    if known != num_classes:
+        raise ValueError(f"{teacher} knows {known} classes, and the data has {num_classes}")
+    if args.teacher_checkpoint:  # otherwise names may be those of ImageNet, by their number
+        names = container.weights.class_names(args.teacher_checkpoint) or []
+    check_classes(teacher, names, class_names)
+
+
 def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.device) -> TrainingTask:
     """The loss of the model, a teacher's share in it if there is one, compiled and distributed as asked for."""
     soft = bool(args.mixup or args.cutmix)
@@ -442,9 +456,6 @@ def build_task(args: argparse.Namespace, model: torch.nn.Module, device: torch.d
     if learns_alone(args):
         task = ClassificationTask(model, Divergence(args.temperature), device=device, verbose=False)
     elif args.teacher:
-        cfg = get_pretrained_cfg(args.teacher)
-        if not args.teacher_checkpoint and cfg is not None and cfg.num_classes != model.num_classes:
-            raise ValueError(f"{args.teacher} knows {cfg.num_classes} classes, and the data has {model.num_classes}")
         task = LogitDistillationTask(
             model,
             args.teacher,
@@ -472,13 +483,11 @@ def build_teacher(args: argparse.Namespace, model: Any, device: torch.device) ->
     """The teacher, if it is the only one to learn from."""
     if not learns_alone(args):
         return None
-    known, _ = known_classes(args.teacher, args.teacher_checkpoint)
-    if known != model.num_classes:
-        raise ValueError(f"{args.teacher} knows {known} classes, and the data has {model.num_classes}")
     config = resolve_model_data_config(model)
     compute = Compute(device, args.amp, channels_last=True)
     return Teacher(
-        args.teacher, args.teacher_checkpoint, known, args.teacher_size, config["mean"], config["std"], compute
+        *(args.teacher, args.teacher_checkpoint, model.num_classes, args.teacher_size),
+        *(config["mean"], config["std"], compute),
     )
 
 
@@ -557,6 +566,7 @@ def main(argv: Sequence[str] | None = None) -> float:
             if args.eval:
                 return evaluate_weights(args, device)
             train_set, val_set, num_classes = open_data(args)
+            check_teacher(args, num_classes, getattr(train_set, "classes", None))
             seed_everything(args.seed)
             start = args
             if args.resume and on_first_rank(lambda: bool(Checkpoints(args.output).paths())):

@@ -262,6 +262,24 @@ def test_distillation_learns_from_the_teacher(here, tmp_path):
     assert same["progress"]["history"][0]["train_loss"] < other["progress"]["history"][0]["train_loss"]
 
 
+def test_a_teacher_of_other_classes_is_refused(here, folder, tmp_path):
+    """Of another order, number or names, from a file or from the package, as --eval refuses them."""
+    teacher = ("--teacher", "container_light_nano", "--teacher-checkpoint", str(tmp_path / "teacher.safetensors"))
+    for names, message in (
+        (["dark", "bright"], "knows 2 classes, and the data has 2: number 0 is dark there, and bright here"),
+        (["fork", "knife", "spoon"], "knows 3 classes, and the data has 2"),
+    ):
+        state = timm.create_model("container_light_nano", num_classes=len(names)).state_dict()
+        save_file(state, tmp_path / "teacher.safetensors", dict(classes=json.dumps(names)))
+        with pytest.raises(SystemExit, match=message):
+            here(*teacher, "--distill", "0.5")
+    for part in ("train", "val"):
+        for name in ("c", "d", "e", "f"):
+            shutil.copytree(folder / part / "dark", folder / part / name)
+    with pytest.raises(SystemExit, match=r"trashnet knows 6 classes, .*: number 0 is cardboard there, and bright here"):
+        here("--teacher", "container_light_nano.trashnet", "--distill", "0.5")
+
+
 def test_fine_tuning_keeps_all_but_the_classifier(here, tmp_path):
     state = timm.create_model("container_light_nano", num_classes=7).state_dict()
     save_file(state, tmp_path / "seven.safetensors")
