@@ -87,7 +87,7 @@ def test_unreadable_images_are_told_and_do_not_count(folder, capsys):
     assert (found["train_images"], found["val_images"]) == (47, 11)
     told = capsys.readouterr().err
     for name in ("bright/3.jpg", "dark/1.jpg"):
-        assert f"cannot be read, and does not count: {name}\n" in told
+        assert f"cannot be read, and does not count: {name} (not an image file)\n" in told
 
 
 # --------------------------------------------------------------------------------------------------------- classifiers

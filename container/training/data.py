@@ -1,6 +1,8 @@
 """Datasets for a training run: folders, tar files, WebDataset, Hugging Face and torchvision datasets, or digits."""
 
+import errno
 import hashlib
+import io
 import os
 import tarfile
 import unicodedata
@@ -14,11 +16,10 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image, ImageOps, UnidentifiedImageError
 from timm.data import ImageDataset, create_dataset
 from timm.data.readers.img_extensions import get_img_extensions
 from timm.data.readers.reader import Reader
-from timm.data.readers.reader_image_in_tar import ReaderImageInTar
 from timm.utils.misc import natural_key
 from torch.utils.data import Dataset
 
@@ -62,6 +63,7 @@ def mend_posterize(policy: Any) -> Any:
 _TRAIN_NAMES = ("train",)
 _VAL_NAMES = ("val", "validation", "test")
 _TRIES = 10
+_OF_THE_MACHINE = {errno.EMFILE, errno.ENFILE, errno.ENOMEM}  # errors that say nothing about an image
 
 
 class Digits(Dataset):
@@ -122,6 +124,60 @@ def _packed(paths: Iterable[str]) -> np.ndarray:
     return np.array([os.fsencode(path) for path in paths])
 
 
+_SYSTEM = {"#recycle", "$recycle.bin", "@eadir", "__macosx", "lost+found", "system volume information"}
+
+
+def _is_hidden(name: str) -> bool:
+    """Whether a name is of a file or folder that a system or a program made for itself."""
+    return name.startswith(".") or name.lower() in _SYSTEM
+
+
+def _suffix(name: str) -> str:
+    return os.path.splitext(name)[1].lower()
+
+
+class LeftOut(Counter[str]):
+    """Numbers of files that are not used, by suffix, and under `hidden` those in hidden and system folders."""
+
+    def describe(self, where: str) -> str:
+        """Returns one line about these files, or '' if there are none."""
+        others = {suffix: count for suffix, count in self.items() if count and suffix != "hidden"}
+        parts = [f"{sum(others.values())} files with other suffixes ({', '.join(sorted(others))})"] if others else []
+        parts += [f"{self['hidden']} hidden files or files in system folders"] if self["hidden"] else []
+        return f"{' and '.join(parts)} in {where} are not used" if parts else ""
+
+
+def list_images(folder: str, left_out: LeftOut, exclude: str | None = None) -> list[str]:
+    """Lists the images below a folder, at any depth. Links are followed, hidden and system folders are not entered.
+
+    Args:
+        folder: The folder.
+        left_out: What is left out is counted here.
+        exclude: `fnmatch` pattern of file names to leave out, which are not counted.
+
+    Raises:
+        PermissionError: A folder cannot be read.
+    """
+    images, seen, suffixes = [], set(), get_img_extensions(as_set=True)
+    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
+        if (real := os.path.realpath(place)) in seen:
+            folders.clear()  # a link to a folder that was visited before
+            continue
+        seen.add(real)
+        for name in filter(_is_hidden, list(folders)):
+            folders.remove(name)
+            left_out["hidden"] += sum(len(files) for _, _, files in os.walk(os.path.join(place, name)))
+        for file in files:
+            suffix = _suffix(file)
+            if _is_hidden(file):
+                left_out["hidden"] += suffix in suffixes
+            elif suffix not in suffixes:
+                left_out[suffix or "none"] += 1
+            elif not (exclude and fnmatch(file, exclude)):
+                images.append(os.path.join(place, file))
+    return images
+
+
 class ClassFolders(Reader):
     """Reader for images in class folders, at any depth, as in torchvision's ImageFolder.
 
@@ -138,22 +194,17 @@ class ClassFolders(Reader):
     def __init__(self, root: Path) -> None:
         super().__init__()
         self.root, suffixes = root, get_img_extensions(as_set=True)
-        self.left_out: Counter[str] = Counter()  # number of unused files by suffix
+        self.left_out = LeftOut()
         found: dict[str, list[str]] = {}
         for folder in (entry for entry in os.scandir(root) if entry.is_dir()):
-            images, seen = found.setdefault(compose_accents(folder.name), []), set()
-            for place, folders, files in os.walk(folder.path, onerror=_raise, followlinks=True):
-                if (real := os.path.realpath(place)) in seen:
-                    folders.clear()  # a symlink to a folder that was visited before
-                    continue
-                seen.add(real)
-                for file in files:
-                    if (suffix := os.path.splitext(file)[1].lower()) in suffixes:
-                        images.append(os.path.join(place, file))
-                    elif not file.startswith("."):
-                        self.left_out[suffix or "none"] += 1
+            if _is_hidden(folder.name):
+                self.left_out["hidden"] += len(list_images(folder.path, LeftOut()))
+            else:
+                found.setdefault(compose_accents(folder.name), []).extend(list_images(folder.path, self.left_out))
         named = f"({', '.join(get_img_extensions())})"
-        if any(os.path.splitext(path.name)[1].lower() in suffixes for path in root.iterdir() if path.is_file()):
+        if any(
+            _suffix(path.name) in suffixes and not _is_hidden(path.name) for path in root.iterdir() if path.is_file()
+        ):
             raise ValueError(f"images in {root} itself, and not in class folders")
         if not any(found.values()):
             raise ValueError(f"no images in class folders of {root} {named}")
@@ -192,25 +243,16 @@ class Photos(Reader):
 
     def __init__(self, roots: list[Path], exclude: str | None = None) -> None:
         super().__init__()
-        self.roots, suffixes = roots, get_img_extensions(as_set=True)
-        self.left_out: Counter[str] = Counter()  # number of unused files by suffix
+        self.roots, self.left_out = roots, LeftOut()
         paths: list[str] = []  # relative to their roots
         counts = []
         for root in roots:
-            found = []
-            for place, folders, files in os.walk(root, onerror=_raise):
-                folders.sort()
-                for file in files:
-                    if (suffix := os.path.splitext(file)[1].lower()) not in suffixes:
-                        self.left_out[suffix or "none"] += not file.startswith(".")
-                    elif not (exclude and fnmatch(file, exclude)):
-                        found.append(os.path.relpath(os.path.join(place, file), root))
+            found = [os.path.relpath(path, root) for path in list_images(str(root), self.left_out, exclude)]
             if not found:
                 raise ValueError(f"no images in {root}{f' but {exclude}' if exclude else ''}")
             paths += sorted(found)
             counts.append(len(found))
         self.paths, self.root_of = _packed(paths), np.repeat(range(len(roots)), counts)
-        self.left_out += Counter()  # drops entries with a count of 0
         self.targets = np.zeros(len(self), dtype=np.int64)
 
     def __getitem__(self, index: int) -> tuple[Any, int]:
@@ -228,53 +270,122 @@ def _raise(error: OSError) -> None:
     raise PermissionError(f"folder {error.filename} cannot be read")
 
 
-class _TarReader(ReaderImageInTar):
-    """timm's tar reader, made safe for forked data loader workers.
+class ClassTar(Reader):
+    """Reader for a tar file of class folders, or of one tar file per class.
 
-    A forked worker would share its read position with the other processes, so it reopens the files.
-    """
+    Of several members with one name, the last counts, as when the archive is unpacked. Links are followed within the
+    archive. Images are read from their place in the file, so any number of processes may read it.
 
-    process = os.getpid()
+    Note: for timm's reader, links are left out, and all members with one name count. It keeps an index beside a large
+    archive, and trusts it even if the archive has changed. No index is kept here.
 
-    def __getitem__(self, index: int) -> Any:
-        if self.process != os.getpid():
-            self.process = os.getpid()
-            states = [self.tar_state] if self.root_is_tar else [*self.tar_state.values()]
-            while states:
-                state = states.pop()
-                state.tf = None
-                states += state.children.values()
-        return super().__getitem__(index)
-
-
-def open_tar(path: Path) -> ReaderImageInTar:
-    """Opens a tar file of class folders, or of one tar file per class, with timm's reader.
-
-    Note: timm keeps an index beside a large archive, and trusts it even if the archive has changed. No index is kept
-    here.
+    Args:
+        path: The archive, not compressed.
 
     Raises:
-        ValueError: The archive has no images, or has nested folders so that the class level is ambiguous.
+        ValueError: The file is no archive, has no images, or has nested folders so that the class level is ambiguous.
     """
-    try:
-        reader = _TarReader(str(path), cache_tarinfo=False)
-    except (AssertionError, OSError, RuntimeError, ValueError, tarfile.TarError) as error:
-        raise ValueError(f"no images in class folders of {path}") from error
-    folders = set()
-    for file, _, outer in reader.samples:  # `outer` is the class's own tar file, if there is one
-        place = os.path.join(os.path.splitext(outer.name)[0] if outer else "", os.path.dirname(file.name))
-        folders.add(tuple(part for part in place.split(os.sep) if part not in ("", ".")))
-    common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*folders, strict=False))))
-    depth = max(0, min(common, min(map(len, folders)) - 1))  # of the parent of the class folders
-    if deeper := [folder for folder in folders if len(folder) != depth + 1]:
-        which = "/".join(deeper[0]) or "its top"
-        raise ValueError(f"{path} has folders in class folders, or images outside of them: in {which}")
-    classes = _in_order(map(compose_accents, reader.class_name_to_idx))
-    numbers = {name: i for i, name in enumerate(classes)}
-    order = {index: numbers[compose_accents(name)] for name, index in reader.class_name_to_idx.items()}
-    reader.targets = [order[int(target)] for target in reader.targets]
-    reader.class_name_to_idx = numbers
-    return reader
+
+    def __init__(self, path: Path) -> None:
+        super().__init__()
+        self.path, self.left_out = path, LeftOut()
+        try:
+            with tarfile.open(path, "r:") as archive:
+                members = self._scan(archive)
+        except (OSError, tarfile.TarError) as error:
+            raise ValueError(f"no images in class folders of {path}: {error}") from error
+        if not members:
+            raise ValueError(f"no images in class folders of {path}")
+        folders = {name: tuple(name.split("/")[:-1]) for name in members}
+        kinds = set(folders.values())
+        common = len(list(takewhile(lambda parts: len(set(parts)) == 1, zip(*kinds, strict=False))))
+        depth = max(0, min(common, min(map(len, kinds)) - 1))  # of the parent of the class folders
+        if deeper := [folder for folder in kinds if len(folder) != depth + 1]:
+            which = "/".join(deeper[0]) or "its top"
+            raise ValueError(f"{path} has folders in class folders, or images outside of them: in {which}")
+        classes = {name: compose_accents(folder[-1]) for name, folder in folders.items()}
+        self.class_to_idx = {name: i for i, name in enumerate(_in_order(classes.values()))}
+        names = sorted(members, key=lambda name: (natural_key(name), name))
+        self.names = _packed(names)
+        self.places = np.array([members[name] for name in names])  # first byte, and number of bytes
+        self.targets = np.array([self.class_to_idx[classes[name]] for name in names])
+
+    def _scan(self, archive: tarfile.TarFile, folder: str = "", first: int = 0) -> dict[str, tuple[int, int]]:
+        """Returns the places of the images in an archive, whose first byte is that of the file or of an outer one."""
+        found: dict[str, tuple[int, int]] = {}
+        links: dict[str, str] = {}
+        for member in archive:
+            name = os.path.normpath(os.path.join(folder, member.name.lstrip("/")))
+            suffix = _suffix(name)
+            found.pop(name, None)  # the last copy counts
+            links.pop(name, None)
+            if member.isfile() and suffix == ".tar" and not folder:
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                    found |= self._scan(inner, name.removesuffix(".tar"), first + member.offset_data)
+            elif any(map(_is_hidden, name.split("/"))):
+                self.left_out["hidden"] += member.isfile()
+            elif suffix not in get_img_extensions(as_set=True):
+                self.left_out[suffix or "none"] += member.isfile()
+            elif member.isfile() and not member.issparse():
+                found[name] = (first + member.offset_data, member.size)
+            elif member.islnk():  # to the content that this name had until here
+                target = os.path.normpath(os.path.join(folder, member.linkname.lstrip("/")))
+                if target in found:
+                    found[name] = found[target]
+                else:
+                    self.left_out["link to nothing"] += 1
+            elif member.issym():
+                links[name] = os.path.normpath(os.path.join(os.path.dirname(name), member.linkname))
+        for name, target in links.items():
+            for _ in links:  # through other links, but not in a circle for ever
+                target = links.get(target, target)
+            if target in found:
+                found[name] = found[target]
+            else:
+                self.left_out["link to nothing"] += 1
+        return found
+
+    def __getitem__(self, index: int) -> tuple[Any, int]:
+        first, size = map(int, self.places[index])
+        with open(self.path, "rb") as file:
+            file.seek(first)
+            return io.BytesIO(file.read(size)), int(self.targets[index])
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
+        name = os.fsdecode(self.names[index])
+        return os.path.basename(name) if basename else name
+
+
+def check_rows(reader: Any, name: str) -> None:
+    """Checks that every row of Hugging Face data has an image and a label, without reading images.
+
+    Args:
+        reader: timm's reader.
+        name: Name of the data and its split, for the error message.
+
+    Raises:
+        ValueError: A column is missing, or rows have no image or no label.
+    """
+    table = reader.dataset.data
+    images, labels = table.column(reader.image_key), table.column(reader.label_key).to_numpy()
+    absent = np.logical_and.reduce([field.is_null().to_numpy() for field in images.flatten()])
+    if absent.all():  # timm makes an empty column of one that is not there
+        others = ", ".join(column for column in table.column_names if column != reader.image_key)
+        raise ValueError(f"{name} has no column {reader.image_key!r}: there are {others}")
+    for what, rows in (("image", absent), ("label", ~(labels >= 0))):
+        if rows.any():
+            first = int(rows.argmax())
+            raise ValueError(f"{rows.sum()} of {len(rows)} rows of {name} have no {what}, the first is row {first}")
+
+
+def _reason(error: BaseException | None) -> str:
+    """Returns the first line of what an error says, or its type."""
+    if isinstance(error, UnidentifiedImageError):  # its own message shows the file object
+        return "not an image file"
+    return (str(error).strip() or type(error).__name__).splitlines()[0]
 
 
 class Images(ImageDataset):
@@ -294,41 +405,59 @@ class Images(ImageDataset):
     def __init__(self, root: str | None, reader: str | Reader = "", train: bool = False, split: str = "train") -> None:
         path = Path(root or "")
         if not reader:  # millions of files are listed once, not by every process
-            reader = on_first_rank(lambda: ClassFolders(path) if path.is_dir() else open_tar(path))
+            reader = on_first_rank(lambda: ClassFolders(path) if path.is_dir() else ClassTar(path))
         super().__init__(root, reader=reader, split=split)
         self.train = train
         self.unreadable = torch.zeros(len(self), dtype=torch.bool).share_memory_()
         self._told = torch.zeros_like(self.unreadable)
         self._news = torch.zeros((), dtype=torch.bool).share_memory_()  # spares a scan of all flags per step
-        by_index = getattr(self.reader, "class_to_idx", None) or getattr(self.reader, "class_name_to_idx", {})
+        if isinstance(reader, str):
+            check_rows(self.reader, f"{reader}, split {split}")
+        by_index: Any = getattr(self.reader, "class_to_idx", {})
         self.classes = [compose_accents(name) for name in sorted(by_index, key=by_index.__getitem__)]
-        others: Any = getattr(self.reader, "left_out", Counter())
         where = ", ".join(map(str, getattr(self.reader, "roots", [root])))
-        self.left_out = (
-            f"{others.total()} files with other suffixes ({', '.join(sorted(others))}) in {where} are not used"
-            if others
-            else ""
-        )
+        left_out: LeftOut = getattr(self.reader, "left_out", LeftOut())
+        self.left_out = left_out.describe(where)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
         """Returns the RGB image, after `transform` if it is set, and its class index."""
+        cause: Exception | None = None
         for candidate in (i % len(self) for i in range(index, index + _TRIES)):
             try:
-                file, target = self.reader[candidate]
-                with file:
-                    image = open_rgb(file)
+                image, target = self.read(candidate)
                 break
-            except Exception:  # a damaged file makes Pillow's decoders raise nearly anything
+            except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
+                if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+                    raise
+                cause = cause or error
                 self.unreadable[candidate] = True
                 self._news.fill_(True)  # set last: whoever sees it also sees the flag of the image
         else:
-            raise OSError(f"{_TRIES} images in a row cannot be read, the last is {self.filename(candidate)}")
+            first = f"the first is {self.name(index)}: {_reason(cause)}"
+            raise OSError(f"{_TRIES} images in a row cannot be read, {first}") from cause
         if candidate != index and not self.train:
             target = -1
         return image if self.transform is None else self.transform(image), target
 
+    def read(self, index: int) -> tuple[Any, int]:
+        """Returns the RGB image as it is, and its class index.
+
+        Raises:
+            Exception: The image cannot be read; Pillow's decoders raise nearly anything.
+        """
+        file, target = self.reader[index]
+        with file:
+            return open_rgb(file), target
+
+    def name(self, index: int) -> str:
+        """Returns the name of an image, or the number of its row if it has none."""
+        try:
+            return self.filename(index) or f"row {index}"
+        except (KeyError, TypeError):
+            return f"row {index}"
+
     def new_unreadable(self) -> list[str]:
-        """Returns the names of images found unreadable since the last call.
+        """Returns the names of images found unreadable since the last call, each with the reason.
 
         Raises:
             ValueError: More than 1 % of the images, and more than 10, are unreadable in total.
@@ -338,9 +467,15 @@ class Images(ImageDataset):
         self._news.fill_(False)
         new = self.unreadable & ~self._told
         self._told |= new
-        names = [self.filename(int(i)) for i in new.nonzero()]
+        found = []
+        for index in map(int, new.nonzero()):
+            try:
+                self.read(index)  # again, as a worker found it
+                found.append(f"{self.name(index)} (it can be read now)")
+            except Exception as error:
+                found.append(f"{self.name(index)} ({_reason(error)})")
         self.check_unreadable(self._told)
-        return names
+        return found
 
     def digest(self) -> str:
         """Returns 16 hexadecimal digits that identify these images by their order, names and content."""
@@ -361,7 +496,7 @@ class Images(ImageDataset):
             ValueError: More than 1 % of the images, and more than 10, are unreadable.
         """
         if (count := int(flags.sum())) > max(10, len(self) // 100):
-            last = self.filename(int(flags.nonzero()[-1]))
+            last = self.name(int(flags.nonzero()[-1]))
             raise ValueError(f"{count} of {len(self)} images cannot be read, {last} among them")
 
 
@@ -508,7 +643,14 @@ def create_datasets(
         if num_classes is None:
             raise ValueError("WebDataset shards do not tell their classes: --num-classes is needed")
         train, val = (
-            create_dataset(dataset, str(data_dir), split=split, is_training=i == 0, batch_size=batch_size, seed=seed)
+            create_dataset(
+                *(dataset, str(data_dir)),
+                split=split,
+                is_training=i == 0,
+                batch_size=batch_size,
+                seed=seed,
+                input_key=";".join(suffix[1:] for suffix in get_img_extensions()),
+            )
             for i, split in enumerate(splits)
         )
         names = val_names = list(map(str, range(num_classes)))

@@ -80,7 +80,7 @@ def find_place() -> Place:
     if "SLURM_JOB_ID" in environment and "SLURM_STEP_ID" not in environment:
         return Place()  # the batch script itself, or an salloc shell: only srun would start more processes
     local_rank, rank, world = world_info_from_env()
-    beside = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS"))
+    beside: Any = environment.get("OMPI_COMM_WORLD_LOCAL_SIZE", environment.get("MPI_LOCALNRANKS"))
     if beside is None and "SLURM_STEP_TASKS_PER_NODE" in environment:  # such as 2(x3),1
         parts = [part.rstrip(")").split("(x") for part in environment["SLURM_STEP_TASKS_PER_NODE"].split(",")]
         counts = [part[0] for part in parts for _ in range(int(part[1]) if len(part) > 1 else 1)]

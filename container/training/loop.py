@@ -160,4 +160,6 @@ def evaluate(
     counted = evaluators[""].counts[0].clone()
     if dist.get_world_size() > 1:
         dist.all_reduce(counted)
+    if not counted:
+        raise ValueError("none of the validation images can be counted: they cannot be read, or there are none")
     return {**found, "images": int(counted)}

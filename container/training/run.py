@@ -363,11 +363,18 @@ class Run:
         first = progress.step * self.args.grad_accum
         draw = partial(epoch_batches, self.loader, self.args.seed)
         source = self.distillation.batches(progress.epoch, first, draw) if self.distillation else None
-        batches = source or draw(progress.epoch, first)
+        batches, drawn = source or draw(progress.epoch, first), first
         while True:
             waiting = time.perf_counter()
-            batch = next(batches)
+            batch = next(batches, None)
             self.waited += time.perf_counter() - waiting
+            if batch is None:  # only a stream does not know how many images it has
+                wanted = self.steps * self.args.grad_accum
+                raise ValueError(
+                    f"the training data ended after {drawn} of {wanted} batches of {self.args.batch_size}: the stream "
+                    "has fewer images than it is said to have, or their names or labels are not read"
+                )
+            drawn += 1
             yield batch
 
     def prepare(self, images: torch.Tensor, targets: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:

@@ -1,6 +1,8 @@
 """Data of a training run."""
 
+import errno
 import hashlib
+import io
 import json
 import multiprocessing
 import os
@@ -13,6 +15,7 @@ import tempfile
 import unicodedata
 from pathlib import Path
 
+import datasets
 import numpy as np
 import pytest
 import torch.distributed as dist
@@ -150,12 +153,17 @@ def test_unreadable_images_are_noted_and_replaced(folder):
     names = val.filenames()
     bad = [names.index("bright/0.jpg"), names.index("bright/5.jpg")]
     assert [val[i][1] for i in range(12)] == [-1 if i in bad else i // 6 for i in range(12)]
-    assert sorted(val.new_unreadable()) == ["bright/0.jpg", "bright/5.jpg"] and val.new_unreadable() == []
+    assert (
+        sorted(val.new_unreadable()) == [f"bright/{i}.jpg (not an image file)" for i in (0, 5)]
+        and val.new_unreadable() == []
+    )
     image, target = train[bad[0]]
     assert target == 0 and np.array_equal(np.asarray(image), np.asarray(train[bad[0] + 1][0]))
     for name in names:
         (folder / "val" / name).write_bytes(b"no image")
-    with pytest.raises(OSError, match="10 images in a row cannot be read, the last is"):
+    with pytest.raises(
+        OSError, match=r"10 images in a row cannot be read, the first is bright/[0-9]+.jpg: not an image file"
+    ):
         val[0]
     for i in range(2):
         with pytest.raises(OSError, match="10 images in a row"):
@@ -233,7 +241,10 @@ def test_classes_have_one_order_in_every_process(tmp_path):
     assert result.stdout == f"{[['01', '1', '2', '10', 'A', 'a', 'B', 'b', 'n02']] * 2}\n{[list(range(9))] * 2}\n"
 
 
-@LEFT_OPEN
+def pixels_of(images):
+    return [hashlib.sha256(np.asarray(images[i][0]).tobytes()).hexdigest() for i in range(len(images))]
+
+
 @pytest.mark.parametrize("nested", [False, True])
 def test_processes_do_not_share_their_place_in_a_tar(folder, tmp_path, nested):
     """A loader that began after the first image was read would read others under its label, and so would we."""
@@ -247,15 +258,16 @@ def test_processes_do_not_share_their_place_in_a_tar(folder, tmp_path, nested):
             else:
                 archive.add(folder / "train" / name, name)
     images = Images(str(tmp_path / "train.tar"))
-    first = np.asarray(images[0][0])
-    state = images.reader.tar_state
-    file = state.tf.fileobj
-    place = file.tell()
-    process = multiprocessing.get_context("fork").Process(target=lambda: [images[i] for i in range(48)])
-    process.start()
-    process.join()
-    assert process.exitcode == 0 and file.tell() == place and state.tf.fileobj is file
-    assert np.array_equal(np.asarray(images[0][0]), first) and not images.unreadable.any()
+    alone, queue = pixels_of(images), multiprocessing.get_context("fork").SimpleQueue()
+    reading = [
+        multiprocessing.get_context("fork").Process(target=lambda: queue.put(pixels_of(images))) for _ in range(2)
+    ]
+    for process in reading:
+        process.start()
+    assert pixels_of(images) == alone and [queue.get() for _ in reading] == [alone, alone]
+    for process in reading:
+        process.join()
+    assert not images.unreadable.any()
 
 
 def _listed(rank, meet, folder, queue):
@@ -411,3 +423,126 @@ def test_accents_of_a_mac_are_those_of_linux(tmp_path):
     metadata = dict(classes=json.dumps(["cafe\u0301"]))
     save_file({}, tmp_path / "own.safetensors", metadata)
     assert weights.class_names(tmp_path / "own.safetensors") == ["caf\u00e9"]
+
+
+def pack(path, folder):
+    """As GNU tar packs a folder, with its links."""
+    subprocess.run(["tar", "cf", path, "-C", folder, *sorted(os.listdir(folder))], check=True)
+    return Images(str(path))
+
+
+@pytest.mark.parametrize("nested", [False, True])
+def test_links_in_a_tar_are_images_as_in_a_folder(tmp_path, nested):
+    """Hard and symbolic, also through another link; those that lead out of the archive are counted."""
+    for shade, name in enumerate("ab"):
+        folder = tmp_path / "train" / name
+        folder.mkdir(parents=True)
+        Image.new("L", (4, 4), 100 + shade).save(folder / "0.png")
+        os.link(folder / "0.png", folder / "1.png")
+        (folder / "2.png").symlink_to("0.png")
+        (folder / "3.png").symlink_to("2.png")
+    images = Images(str(tmp_path / "train"))
+    if not nested:
+        (tmp_path / "train" / "a" / "4.png").symlink_to("../b/0.png")
+        images = Images(str(tmp_path / "train"))
+        (tmp_path / "train" / "a" / "out.png").symlink_to("../../elsewhere.png")
+        (tmp_path / "train" / "a" / "circle.png").symlink_to("circle.png")
+        packed = pack(tmp_path / "train.tar", tmp_path / "train")
+    else:
+        (tmp_path / "tars").mkdir()
+        for name in "ab":
+            subprocess.run(
+                ["tar", "cf", tmp_path / "tars" / f"{name}.tar", "-C", tmp_path / "train" / name, *os.listdir(folder)]
+            )
+        packed = pack(tmp_path / "train.tar", tmp_path / "tars")
+    assert packed.filenames() == images.filenames() and pixels_of(packed) == pixels_of(images)
+    assert [packed[i][1] for i in range(len(packed))] == [images[i][1] for i in range(len(images))]
+    found = f"2 files with other suffixes (link to nothing) in {tmp_path / 'train.tar'} are not used"
+    assert packed.left_out == ("" if nested else found)
+
+
+def test_the_last_copy_in_a_tar_counts(tmp_path):
+    place(tmp_path / "train" / "a", 2)
+    place(tmp_path / "train" / "b", 1)
+    subprocess.run(["tar", "cf", tmp_path / "train.tar", "-C", tmp_path / "train", "a", "b"], check=True)
+    Image.new("RGB", (4, 4), "white").save(tmp_path / "train" / "a" / "0.png")
+    subprocess.run(["tar", "rf", tmp_path / "train.tar", "-C", tmp_path / "train", "a/0.png"], check=True)
+    images = Images(str(tmp_path / "train.tar"))
+    assert images.filenames() == ["a/0.png", "a/1.png", "b/0.png"]
+    assert pixels_of(images) == pixels_of(Images(str(tmp_path / "train")))
+
+
+@pytest.mark.parametrize("kind", ["folder", "tar", "photos"])
+def test_what_programs_make_for_themselves_is_left_out_and_counted(tmp_path, kind):
+    """Hidden and system folders, in a class and as a class; copies of a Mac; and other suffixes; everywhere alike."""
+    for name in ("a", "b", "a/.ipynb_checkpoints", "b/@eaDir", "b/deep/.Trash-1000", "#recycle", ".thumbnails"):
+        place(tmp_path / "train" / name)
+    shutil.copy(tmp_path / "train/a/0.png", tmp_path / "train/a/._0.png")
+    (tmp_path / "train/a/notes.txt").touch()
+    (tmp_path / "train/a/.DS_Store").touch()
+    shutil.rmtree(tmp_path / "train/b/deep") if kind == "tar" else None
+    root = tmp_path / "train"
+    if kind == "tar":
+        images, root, hidden = pack(tmp_path / "train.tar", root), tmp_path / "train.tar", 6
+    elif kind == "folder":
+        images, hidden = Images(str(root)), 6
+    else:
+        images, hidden = Images(None, Photos([root])), 6
+    assert images.filenames() == ["a/0.png", "b/0.png"]
+    others = f"1 files with other suffixes (.txt) and {hidden} hidden files or files in system folders"
+    assert images.left_out == f"{others} in {root} are not used"
+
+
+def test_photos_follow_links_as_class_folders_do(tmp_path):
+    place(tmp_path / "elsewhere" / "cat", 2)
+    (tmp_path / "train").mkdir()
+    (tmp_path / "train" / "cat").symlink_to(tmp_path / "elsewhere" / "cat")
+    (tmp_path / "train" / "cat" / "loop").symlink_to(tmp_path / "train")
+    assert Photos([tmp_path / "train"]).filenames() == Images(str(tmp_path / "train")).filenames()
+
+
+@pytest.mark.parametrize("error", [MemoryError(), OSError(errno.EMFILE, "Too many open files")])
+def test_errors_of_the_machine_are_no_unreadable_images(folder, monkeypatch, error):
+    def fail(*_):
+        raise error
+
+    images = Images(str(folder / "train"))
+    monkeypatch.setattr("container.training.data.open_rgb", fail)
+    with pytest.raises(type(error)):
+        images[0]
+    assert not images.unreadable.any()
+
+
+def write_rows(folder, columns, labels):
+    """Training and validation parts as the Hub has them, in parquet, with these columns of images."""
+    features = {name: datasets.Image() for name in columns} | dict(label=datasets.ClassLabel(names=["a", "b"]))
+    for split in ("train", "validation"):
+        rows = datasets.Dataset.from_dict(columns | dict(label=labels), features=datasets.Features(features))
+        (folder / "data").mkdir(parents=True, exist_ok=True)
+        rows.to_parquet(str(folder / "data" / f"{split}-00000-of-00001.parquet"))
+
+
+@LEFT_OPEN
+@pytest.mark.parametrize(
+    "column, absent, labels, message",
+    [
+        ("image", (), (0, 1, 0, 1), None),
+        ("image", (2,), (0, 1, 0, 1), "1 of 4 rows of hfds/.*, split train have no image, the first is row 2"),
+        ("img", (), (0, 1, 0, 1), "has no column 'image': there are img, label"),
+        ("image", (), (0, -1, -1, 1), "2 of 4 rows of hfds/.* have no label, the first is row 1"),
+        ("image", (), (-1, -1, -1, -1), "4 of 4 rows of hfds/.* have no label, the first is row 0"),
+    ],
+)
+def test_rows_without_an_image_or_a_label_are_one_line(tmp_path, monkeypatch, column, absent, labels, message):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    file = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(file, "PNG")
+    images = [None if i in absent else dict(bytes=file.getvalue(), path=None) for i in range(4)]
+    write_rows(tmp_path / "set", {column: images}, list(labels))
+    (tmp_path / "cache").mkdir()
+    if message is None:
+        train, _, count = create_datasets(tmp_path / "cache", f"hfds/{tmp_path / 'set'}")
+        assert count == 2 and [train[i][1] for i in range(4)] == list(labels) and train.name(3) == "row 3"
+        return
+    with pytest.raises(ValueError, match=message):
+        create_datasets(tmp_path / "cache", f"hfds/{tmp_path / 'set'}")

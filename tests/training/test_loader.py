@@ -140,6 +140,7 @@ def test_cores_are_those_of_this_process(monkeypatch, tmp_path, allowed, limit, 
     monkeypatch.setattr(container.training.loader, "_CPU_MAX", tmp_path / "cpu.max")
     if limit:
         (tmp_path / "cpu.max").write_text(f"{limit}\n")
+    monkeypatch.setenv("RANK", "0")
     monkeypatch.setenv("LOCAL_WORLD_SIZE", str(processes))
     assert cores() == expected
     assert default_workers() == min(max(expected - 1, 1), 16)
