@@ -1,6 +1,7 @@
 """The training script as its users run it: a process with arguments, files in, files out."""
 
 import csv
+import io
 import json
 import os
 import re
@@ -978,6 +979,42 @@ def test_a_run_on_shards_is_evaluated_on_a_folder(tmp_path, capsys):
     with pytest.raises(SystemExit):
         parse_args([*words, "--val-split", "train"])
     assert capsys.readouterr().err.endswith("--val-split is for --dataset hfds/NAME and wds/\n")
+
+
+# WebDataset leaves closing its files to the garbage collector.
+@pytest.mark.filterwarnings("ignore::ResourceWarning", "ignore::pytest.PytestUnraisableExceptionWarning")
+@pytest.mark.parametrize(
+    "name, bad, message",
+    [
+        ("{:03d}.jpeg", None, None),
+        ("{:03d}.JPG", None, None),
+        (
+            "photo.{:03d}.jpg",
+            "train",
+            r"the training data ended after 0 of 3 batches of 2: the stream has fewer images",
+        ),
+        ("photo.{:03d}.jpg", "val", "none of the validation images can be counted"),
+    ],
+)
+def test_a_stream_gives_what_it_should_or_is_one_line(here, tmp_path, name, bad, message):
+    """Six images in a shard; a name with two dots is another key for WebDataset, and timm leaves its sample out."""
+    file = io.BytesIO()
+    Image.new("RGB", (40, 40), (90, 9, 9)).save(file, "JPEG")
+    for part in ("train", "val"):
+        with tarfile.open(tmp_path / f"{part}-000.tar", "w") as archive:
+            for i in range(6):
+                path = (name if bad in (None, part) else "{:03d}.jpg").format(i)
+                for member, content in ((path, file.getvalue()), (f"{os.path.splitext(path)[0]}.cls", b"%d" % (i % 2))):
+                    info = tarfile.TarInfo(member)
+                    info.size = len(content)
+                    archive.addfile(info, io.BytesIO(content))
+    words = ["--data-dir", str(tmp_path), "--dataset", "wds/", "--num-classes", "2", "--batch-size", "2"]
+    words += ["--train-split", "train-000.tar|6", "--val-split", "val-000.tar|6", *PLAIN]
+    if message is None:
+        assert here(*words)["progress"]["history"][-1]["eval_images"] == 6
+    else:
+        with pytest.raises(SystemExit, match=message):
+            here(*words)
 
 
 @pytest.mark.parametrize("name", ["resnet18", "container_light_nano"])

@@ -416,7 +416,7 @@ class Images(ImageDataset):
         by_index: Any = getattr(self.reader, "class_to_idx", {})
         self.classes = [compose_accents(name) for name in sorted(by_index, key=by_index.__getitem__)]
         where = ", ".join(map(str, getattr(self.reader, "roots", [root])))
-        left_out: LeftOut = getattr(self.reader, "left_out", LeftOut())
+        left_out: Any = getattr(self.reader, "left_out", LeftOut())
         self.left_out = left_out.describe(where)
 
     def __getitem__(self, index: int) -> tuple[object, int]:
