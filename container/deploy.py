@@ -161,7 +161,9 @@ def export(
         run, loaded = _load(first, written)
         shapes = [(count, *side)] + ([] if batch else [(1, *side), (3, *side)])
         shapes += [(count, side[0] + 32, side[1] + 64), (count, side[0] - 7, side[1] + 9)] if dynamic_size else []
-        difference = max(_difference(model, run, torch.randn(n, channels, h, w)) for n, h, w in shapes)
+        # The maximum of a tensor is NaN if any of its values is; that of Python need not be.
+        differences = [_difference(model, run, torch.randn(n, channels, h, w)) for n, h, w in shapes]
+        difference = torch.tensor(differences).max().item()
         if not difference <= BOUND:
             raise ValueError(
                 f"{first} gives other outputs: they differ by {difference:.1e} of the largest, and {BOUND:g} is allowed"
@@ -214,9 +216,10 @@ def _load(format: str, path: Path) -> tuple[Run, float]:
 
 
 def _difference(model: nn.Module, run: Run, images: Tensor) -> float:
-    found, wanted = run(images), _Outputs(model)(images)
-    pairs = list(zip(found, wanted, strict=True))
-    return max(((a - b).abs().max() / b.abs().max()).item() if a.shape == b.shape else float("inf") for a, b in pairs)
+    """Returns the largest difference of any output from the model's, relative to its largest value; NaN if any is."""
+    pairs = zip(run(images), _Outputs(model)(images), strict=True)
+    differences = [(a - b).abs().max() / b.abs().max() if a.shape == b.shape else torch.inf for a, b in pairs]
+    return torch.tensor(differences).max().item()
 
 
 def _seconds(run: Run, images: Tensor, least: int = 5, budget: float = 2.0) -> float:

@@ -143,6 +143,30 @@ def test_a_file_with_other_answers_is_refused_and_not_left(tmp_path):
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.parametrize("output", [0, 2])
+@pytest.mark.parametrize("images", [2, 3])
+def test_a_nan_in_any_output_of_any_shape_is_a_difference(tmp_path, monkeypatch, output, images):
+    """A file whose runtime gives NaN there is not kept."""
+    run = deploy._RUNNERS["torchscript"]
+
+    def load(path):
+        right = run(path)
+
+        def wrong(x):
+            maps = right(x)
+            if len(x) == images:
+                maps[output][..., -1] = torch.nan
+            return maps
+
+        return wrong
+
+    monkeypatch.setitem(deploy._RUNNERS, "torchscript", load)
+    maps = timm.create_model("container_light_nano_32", features_only=True).eval()
+    with pytest.raises(ValueError, match="torchscript gives other outputs: they differ by nan of the largest"):
+        deploy.export(maps, tmp_path / "m.pt", "torchscript")
+    assert not list(tmp_path.iterdir())
+
+
 def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, capsys):
     """The classes and probabilities of `predict`, from the file alone."""
     monkeypatch.chdir(tmp_path)
