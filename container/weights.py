@@ -107,6 +107,8 @@ def record(name: str) -> dict[str, Any]:
         own = json.loads(path.read_text(encoding="utf-8"))["weights"][name]
         if not re.fullmatch("[0-9a-f]{64}", own["file"]["sha256"]):
             raise ValueError(f"sha256 {own['file']['sha256']!r}")
+        if type(own["num_classes"]) is not int:
+            raise ValueError(f"num_classes {own['num_classes']!r}")
         return own
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"{path} is not a record of {name} ({error}): delete it") from None
@@ -281,6 +283,8 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
 def _reason(path: Path, error: Exception) -> str:
     with path.open("rb") as file:
         head = file.read(9)
+    if not head:
+        return "it is empty"
     if path.suffix != ".safetensors" and head[8:] == b"{":
         return "it is safetensors, so its name must end in .safetensors"
     opcode = isinstance(error, EOFError | IndexError | KeyError)  # the unpickler's messages
@@ -468,7 +472,7 @@ def register_own() -> None:
                 license=own["license"]["weights"] or "unknown",
                 origin_url=own["origin_url"],
             )
-        except (RuntimeError, KeyError, TypeError) as error:
+        except Exception as error:  # nothing in a folder that others write to may break an import
             _logger.warning("no weights %s: %s", name, error)
             continue
         family = model_file.default_cfgs[architecture]

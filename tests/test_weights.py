@@ -552,3 +552,26 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
     file, found, photo, likeliest, *_ = result.stdout.splitlines()
     assert photo == str(tmp_path / "site" / "container" / "sample.jpg") and likeliest.endswith(" cat")
     assert file.startswith(str(tmp_path / "site")) and found == f"13 {list(weights.manifest())} {there}"
+
+
+@pytest.mark.parametrize(
+    "change", [dict(input=[]), dict(input=None), dict(license=None), dict(num_classes={}), dict(label_names=7), None]
+)
+def test_no_record_can_break_an_import(place, tmp_path, caplog, change):
+    """It is warned of and skipped; the family and the records beside it are as they were."""
+    name = "container_light_nano.mine"
+    record = dict(weights.manifest()[FREE], status="imported")
+    (tmp_path / "weights").mkdir(exist_ok=True)
+    text = "{" if change is None else json.dumps(dict(weights={name: record | change}))
+    (tmp_path / "weights" / f"{name}.json").write_text(text)
+    before = list(default_cfgs["container_light_nano"].tags)
+    weights.register_own()
+    assert [message.split(":")[0] for message in caplog.messages] == [f"no weights {name}"]
+    assert list(default_cfgs["container_light_nano"].tags) == before
+
+
+def test_an_empty_file_is_called_empty(tmp_path):
+    for suffix in ("pth", "safetensors"):
+        (tmp_path / f"x.{suffix}").touch()
+        with pytest.raises(RuntimeError, match=rf"x.{suffix} is not a checkpoint that can be loaded: it is empty"):
+            weights.read(tmp_path / f"x.{suffix}")
