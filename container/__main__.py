@@ -107,6 +107,7 @@ def run(argv: list[str]) -> None:
         raise SystemExit(f"container: no module {argv[1]}")
     if name != "-m" and not script and command is None:
         raise SystemExit(f"container: no script and no command {name}")
+    os.environ["CONTAINER_RUN_PREFIX"] = sys.prefix  # other interpreters have other packages
     before = os.environ.get("PYTHONPATH")
     os.environ["PYTHONPATH"] = os.pathsep.join([str(_CHILDREN), *([before] if before else [])])
     if name == "-m":

@@ -88,6 +88,31 @@ def test_processes_that_are_started_know_the_models(how, tmp_path):
     assert result.stdout == "True [True]\nTrue\nTrue False\n", result.stderr
 
 
+def test_a_module_of_the_user_s_called_container_does_not_hide_the_models(tmp_path):
+    """It is named; if the script imports it before timm, it is the script's, and one line says what is missing."""
+    (tmp_path / "container.py").write_text("value = 5\n")
+    for first, printed, line in (
+        (
+            "",
+            "True",
+            f"`import container` is {ROOT / 'container' / '__init__.py'}, and not {tmp_path / 'container.py'}",
+        ),
+        ("import container; ", "False", "the models are not registered, as <module 'container' from"),
+    ):
+        (tmp_path / "script.py").write_text(f"{first}import timm; print(timm.is_model('container_light'))\n")
+        result = run("run", sys.executable, "script.py", cwd=tmp_path)
+        assert result.stdout == f"{printed}\n" and line in result.stderr
+
+
+@pytest.mark.parametrize("prefix", [sys.prefix, "/elsewhere"])
+def test_another_interpreter_is_left_alone(prefix):
+    """Whose site-packages may have another timm, or none."""
+    environment = os.environ | {"PYTHONPATH": str(ROOT / "container" / "children"), "CONTAINER_RUN_PREFIX": prefix}
+    code = "import sys; print('AfterTimm' in str(sys.meta_path), [p for p in sys.path if 'children' in p])"
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{prefix == sys.prefix} []\n", done.stderr
+
+
 @pytest.mark.slow
 def test_a_sitecustomize_of_the_system_is_still_read(tmp_path):
     (tmp_path / "sitecustomize.py").write_text("import sys\nsys.said = 'read'\n")

@@ -1,7 +1,8 @@
 """Makes importing timm register the family, in the processes that `container run` starts.
 
-Python imports this file at start-up, because `container run` puts its folder first in PYTHONPATH. No other process
-reads it. It does not import timm itself: `container` is imported only if the process imports timm, right after timm.
+Python imports this file at start-up, because `container run` puts its folder first in PYTHONPATH. In another
+interpreter than the one of `container run` it does nothing. It does not import timm itself: this package is loaded only
+if the process imports timm, right after timm. It is loaded from its own place, whatever else is called `container`.
 """
 
 import importlib
@@ -12,14 +13,16 @@ from typing import Any
 
 
 class AfterTimm:
-    """Import hook that finds timm as usual and imports `container` right after it."""
+    """Import hook that finds timm as usual and loads this package right after it."""
 
     def find_spec(self, name: str, path: Any = None, target: Any = None) -> Any:
-        """Returns timm's own spec, with a loader that also imports `container`; None for other modules."""
-        if name != "timm":
+        """Returns timm's own spec, with a loader that also loads `container`, which is found if nothing else is."""
+        if name not in ("timm", "container"):
             return None
         others = (finder for finder in sys.meta_path if finder is not self and hasattr(finder, "find_spec"))
         spec = next(filter(None, (finder.find_spec(name, path, target) for finder in others)), None)
+        if name == "container":  # of a checkout that is not installed
+            return spec or _own_spec()
         if spec is not None and spec.loader is not None:  # a lookup must not import: transformers only looks for timm
             loader: Any = spec.loader
             execute = loader.exec_module
@@ -28,10 +31,28 @@ class AfterTimm:
                 execute(module)
                 if self in sys.meta_path:
                     sys.meta_path.remove(self)
-                    importlib.import_module("container")
+                    _load_package()
 
             loader.exec_module = execute_both
         return spec
+
+
+def _own_spec() -> Any:
+    return importlib.util.spec_from_file_location("container", os.path.join(package, "__init__.py"))
+
+
+def _load_package() -> None:
+    """Loads this package as `container`, unless the process has imported another module of that name."""
+    known: Any = sys.modules.get("container")
+    if known is None:
+        found = importlib.util.find_spec("container")
+        spec = _own_spec()
+        if found is not None and found.origin != spec.origin:
+            print(f"container run: `import container` is {spec.origin}, and not {found.origin}", file=sys.stderr)
+        sys.modules["container"] = module = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(module)
+    elif getattr(known, "__file__", None) != os.path.join(package, "__init__.py"):
+        print(f"container run: the models are not registered, as {known} has their package's name", file=sys.stderr)
 
 
 def _read_the_next() -> None:
@@ -48,8 +69,8 @@ def _read_the_next() -> None:
 
 this = sys.modules["sitecustomize"]
 here = os.path.dirname(os.path.abspath(__file__))
+package = os.path.dirname(here)
 sys.path[:] = [folder for folder in sys.path if os.path.abspath(folder) != here]
-if importlib.util.find_spec("container") is None:  # a checkout that is not installed
-    sys.path.append(os.path.dirname(os.path.dirname(here)))
-sys.meta_path.insert(0, AfterTimm())
+if os.environ.get("CONTAINER_RUN_PREFIX") == sys.prefix:
+    sys.meta_path.insert(0, AfterTimm())
 _read_the_next()
