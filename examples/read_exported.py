@@ -34,10 +34,25 @@ def load(path: str) -> tuple[dict[str, Any], Any]:
     return told, lambda images: compiled(images)[0]
 
 
+def open_photo(photo: str) -> Image.Image:
+    """Opens a photo as the package does: upright, 16 bits scaled to 8, on white where it is transparent."""
+    image = ImageOps.exif_transpose(Image.open(photo))
+    if image.mode.startswith("I;16"):
+        image = Image.fromarray((np.asarray(image) // 257).astype("uint8"))
+    elif image.mode in ("I", "F"):
+        raise SystemExit(f"{photo}: the scale of grey values of mode {image.mode} is not known")
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
 def prepare(photo: str, told: dict[str, Any]) -> np.ndarray:
     """Preprocesses a photo as the model expects it, and returns its centre crop as (1, 3, height, width)."""
-    image = ImageOps.exif_transpose(Image.open(photo)).convert("RGB")
     _, height, width = told["input_size"]
+    if height != width:
+        raise SystemExit(f"the file wants {height} x {width} pixels, and this example prepares squares")
+    image = open_photo(photo)
     short = int(height / told["crop_pct"])
     size = [short if side == min(image.size) else int(short * side / min(image.size)) for side in image.size]
     image = image.resize(size, Image.Resampling[told["interpolation"].upper()])

@@ -16,6 +16,7 @@ from sklearn.datasets import load_sample_image
 from timm.data import ImageNetInfo, create_transform, resolve_model_data_config
 from torchvision.ops import box_iou
 
+from container.images import open_photo
 from examples.efficientnet_lite import convert
 
 pytestmark = pytest.mark.slow
@@ -244,3 +245,24 @@ def test_a_teacher_that_is_not_installed_is_one_line(tmp_path):
     result = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True, timeout=100)
     assert result.returncode == 1 and result.stderr.count("\n") == 1
     assert "pip install efficientnet-lite4-pytorch-model" in result.stderr
+
+
+@pytest.mark.parametrize("kind", ["photo", "grey16", "transparent", "turned"])
+def test_an_exported_model_s_photos_are_prepared_as_by_the_package(tmp_path, monkeypatch, kind):
+    """Pixel by pixel; what is not prepared alike is refused."""
+    monkeypatch.syspath_prepend(ROOT / "examples")
+    from read_exported import prepare
+
+    pixels, exif = np.random.default_rng(0).integers(0, 256, (60, 80, 3), dtype=np.uint8), Image.Exif()
+    exif[0x0112] = 6
+    image = dict(
+        grey16=Image.fromarray((np.arange(64 * 64).reshape(64, 64) * 16).astype(np.uint16)),
+        transparent=Image.fromarray(np.concatenate([pixels, pixels[..., :1]], axis=2)),
+    ).get(kind, Image.fromarray(pixels))
+    image.save(tmp_path / "x.png", **(dict(exif=exif) if kind == "turned" else {}))
+    config = dict(input_size=[3, 32, 32], interpolation="bicubic", mean=[0.5] * 3, std=[0.25] * 3, crop_pct=0.9)
+    config |= dict(crop_mode="center")
+    expected = create_transform(**config)(open_photo(tmp_path / "x.png"))[None].numpy()
+    np.testing.assert_allclose(prepare(str(tmp_path / "x.png"), config), expected, atol=1e-6)
+    with pytest.raises(SystemExit, match="the file wants 32 x 64 pixels, and this example prepares squares"):
+        prepare(str(tmp_path / "x.png"), config | dict(input_size=[3, 32, 64]))
