@@ -224,9 +224,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     optim.add_argument(
         "--sched-on-updates", action=switch, help="update the learning rate every step instead of every epoch"
     )
-    optim.add_argument(
-        "--sched-lag", type=NATURAL, default=0, help="epochs by which the learning rate lags behind its schedule"
-    )
+    optim.add_argument("--sched-late", action=switch, default=False, help=argparse.SUPPRESS)  # `paper` alone sets it
     optim.add_argument("--clip-grad", type=AMOUNT, help="maximum gradient norm, 0 for none")
     optim.add_argument(
         "--loss", choices=("ce", "bce"), default="ce", help="cross-entropy, or binary cross-entropy per class"
@@ -280,6 +278,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.scale[0] > args.scale[1]:
         parser.error(f"--scale {args.scale[0]} {args.scale[1]} has the largest area first")
     args.clip_grad = args.clip_grad or None
+    args.sched_late = args.sched_late and not args.sched_on_updates  # only whole epochs can be late
     if (args.mixup or args.cutmix) and args.batch_size % 2:
         parser.error(f"--batch-size {args.batch_size} is odd, but mixup and cutmix mix images in pairs")
     if args.best == "ema" and not args.ema_decay:

@@ -172,7 +172,7 @@ def test_averaged_weights_are_evaluated_and_saved(here, tmp_path):
 
 def test_averages_warm_up(here):
     """They follow the first weights, and do not remember the random ones."""
-    rate = ["--lr-base", "0.03", "--warmup-epochs", "0", "--sched-lag", "0"]
+    rate = ["--lr-base", "0.03", "--warmup-epochs", "0", "--no-sched-late"]
     cold, warm = (
         here(*PLAIN, "--ema-decay", "0.9999", "--epochs", "2", *rate, f"--{no}ema-warmup", output=f"{no}x")
         for no in ("no-", "")
@@ -698,17 +698,23 @@ def test_a_run_whose_checkpoints_are_all_damaged_is_not_begun_anew(here, tmp_pat
     assert not list((tmp_path / "output").glob("*.pth")) and list((tmp_path / "output").glob("*.damaged"))
 
 
-@pytest.mark.parametrize("lag", [0, 1])
-def test_the_rate_in_the_tables_is_the_one_used(here, tmp_path, lag):
+@pytest.mark.parametrize("late", [False, True])
+def test_the_rate_in_the_tables_is_the_one_used(here, tmp_path, late):
     """Of the epoch, and not of the one after it. `paper` lags: DeiT's loop asks for epoch e after epoch e."""
     flags = ["--warmup-epochs", "1", "--warmup-lr", "1e-6", "--min-lr", "1e-5", "--lr-base", "0.32", "--log-steps", "2"]
-    here("--epochs", "4", *flags, *PLAIN, *(["--sched-lag", "0"] if lag == 0 else []))
+    here("--epochs", "4", *flags, *PLAIN, *([] if late else ["--no-sched-late"]))
     cosine = [1e-5 + (0.01 - 1e-5) * (1 + np.cos(np.pi * epoch / 4)) / 2 for epoch in range(4)]
-    expected = [1e-6, *cosine[1:]] if lag == 0 else [1e-6, 1e-6, *cosine[1:3]]
+    expected = [1e-6, 1e-6, *cosine[1:3]] if late else [1e-6, *cosine[1:]]
     assert [row["lr"] for row in rows(tmp_path / "output")] == pytest.approx(expected)
     steps = rows(tmp_path / "output", "steps.csv")
     assert [row["step"] for row in steps] == [2, 4, 6, 8, 10, 12]
     assert [row["lr"] for row in steps] == pytest.approx([expected[i] for i in (0, 1, 1, 2, 3, 3)], rel=1e-5)
+
+
+def test_only_whole_epochs_are_late():
+    """What the released schedule does belongs to `paper`, and has no effect beside another schedule."""
+    assert parse_args(["--data-dir", "d"]).sched_late and not parse_args(["--recipe", "fast"]).sched_late
+    assert not parse_args(["--data-dir", "d", "--sched-on-updates"]).sched_late
 
 
 def test_the_bar_has_the_mean_loss_of_the_steps_before(here, tmp_path, monkeypatch):

@@ -245,7 +245,7 @@ class Run:
             if self.forced:  # loaded optimizer states override the settings: restore those of this call
                 for group, own in zip(self.optimizer.param_groups, options, strict=True):
                     group.update(own)
-                self.scheduler.step(max(0, self.progress.epoch - args.sched_lag))
+                self.scheduler.step(max(0, self.progress.epoch - args.sched_late))
                 self.scheduler.step_update(self.done)
         if self.teacher is not None:
             self.distillation = self.begin_distillation(self.teacher)
@@ -348,7 +348,7 @@ class Run:
             seed=args.seed,
         )
         self.heed()
-        self.scheduler.step(progress.epoch + 1 - args.sched_lag)
+        self.scheduler.step(progress.epoch + 1 - args.sched_late)  # late: as of this epoch again
         if self.world > 1:  # each process has batch norm statistics of its own images
             distribute_bn(self.model, self.world, reduce=True)
             if self.task.has_ema():
