@@ -325,6 +325,13 @@ def refuse_unused(parser: argparse.ArgumentParser, args: argparse.Namespace, giv
                 parser.error(f"--{name.replace('_', '-')} is for {owner}")
 
 
+def classifier_names(name: str) -> tuple[str, ...]:
+    """Names of a timm model's classifiers: one, or two of a distilled model."""
+    cfg = get_pretrained_cfg(name)
+    names = cfg.classifier if cfg else None
+    return (names,) if isinstance(names, str) else tuple(names or ())
+
+
 def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[str]]:
     """Number of classes of a model's weights, and their names if known.
 
@@ -335,7 +342,7 @@ def known_classes(name: str, checkpoint: str | None = None) -> tuple[int, list[s
     cfg = get_pretrained_cfg(name)
     known, names = cfg.num_classes if cfg else 0, getattr(cfg, "label_names", None)
     if checkpoint and cfg is not None:
-        head = cfg.classifier if isinstance(cfg.classifier, str) else (cfg.classifier or ("",))[0]
+        head, *_ = classifier_names(name) or ("",)
         known = len(container.weights.read(checkpoint).get(f"{head}.weight", ()))
         names = container.weights.class_names(checkpoint)
     subset = None if names else infer_imagenet_subset(dict(num_classes=known))
@@ -370,14 +377,14 @@ def build_model(
         weights = container.weights.read(args.checkpoint, use_ema=None if args.best == "ema" else False)
         if is_released(weights):
             weights = from_released(weights)
-        classifier = f"{cfg.classifier}." if cfg else "?"
-        if (head := weights.get(f"{classifier}weight")) is not None:
+        classifiers = tuple(f"{name}." for name in classifier_names(args.model)) or ("?",)
+        if (head := weights.get(f"{classifiers[0]}weight")) is not None:
             known = len(head)
         names = container.weights.class_names(args.checkpoint)
         if args.eval:
             check_classes(args.checkpoint, names, class_names)
         elif names and class_names and names != class_names:  # others, even if they are as many
-            weights, known = {key: t for key, t in weights.items() if not key.startswith(classifier)}, 0
+            weights, known = {key: t for key, t in weights.items() if not key.startswith(classifiers)}, 0
         options["pretrained_cfg_overlay"] = dict(state_dict=weights, num_classes=known)
     if args.eval and known != num_classes:
         raise ValueError(f"the weights know {known} classes, and the data has {num_classes}")
@@ -389,7 +396,7 @@ def build_model(
         **options,
     )
     if args.checkpoint:
-        check_fit(args, create, classifier)
+        check_fit(args, create, classifiers)
     model: Any = create(pretrained=args.pretrained or bool(args.checkpoint))
     if args.grad_checkpointing:
         model.set_grad_checkpointing()
@@ -403,14 +410,14 @@ def build_model(
     return model.to(memory_format=torch.channels_last) if args.channels_last else model
 
 
-def check_fit(args: argparse.Namespace, create: Callable[..., torch.nn.Module], classifier: str) -> None:
+def check_fit(args: argparse.Namespace, create: Callable[..., torch.nn.Module], classifiers: tuple[str, ...]) -> None:
     """Refuses a checkpoint of which little fits: timm loads what does, be it nothing, where classes differ."""
     models = []
     for pretrained in (False, True):
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(0x5EED)  # so that what is equal in both was not in the file
             models.append(dict(create(pretrained=pretrained).named_parameters()))
-    drawn = [key for key, p in models[0].items() if p.numel() > 1 and p.std() > 0 and not key.startswith(classifier)]
+    drawn = [key for key, p in models[0].items() if p.numel() > 1 and p.std() > 0 and not key.startswith(classifiers)]
     left = [key for key in drawn if torch.equal(models[0][key], models[1][key])]
     if len(left) > len(drawn) / 10:
         raise ValueError(

@@ -281,6 +281,20 @@ def test_a_teacher_of_other_classes_is_refused(here, folder, tmp_path):
         here("--teacher", "container_light_nano.trashnet", "--distill", "0.5")
 
 
+def test_both_classifiers_of_a_distilled_model_are_kept(here, tmp_path):
+    """Where the classes are the file's; with others, both are drawn anew."""
+    name, frozen = "deit_tiny_distilled_patch16_224", ("--lr-base", "0", "--warmup-lr", "0", "--min-lr", "0")
+    small = ("--model", name, "--img-size", "32", "--epochs", "1", "--drop-path", "0")
+    for count in (2, 3):
+        state = timm.create_model(name, num_classes=count, img_size=32).state_dict()
+        save_file(state, tmp_path / "own.safetensors")
+        file = str(tmp_path / "own.safetensors")
+        tuned = here(*small, *frozen, "--checkpoint", file, output=f"{count}")["state_dict"]
+        for key in ("head.weight", "head_dist.weight"):
+            assert torch.equal(tuned[key], state[key]) if count == 2 else tuned[key].shape[0] == 2
+        assert torch.equal(tuned["patch_embed.proj.weight"], state["patch_embed.proj.weight"])
+
+
 def test_fine_tuning_keeps_all_but_the_classifier(here, tmp_path):
     state = timm.create_model("container_light_nano", num_classes=7).state_dict()
     save_file(state, tmp_path / "seven.safetensors")
