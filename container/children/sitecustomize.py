@@ -43,16 +43,16 @@ def _own_spec() -> Any:
 
 def _load_package() -> None:
     """Loads this package as `container`, unless the process has imported another module of that name."""
-    known: Any = sys.modules.get("container")
-    if known is None:
-        found = importlib.util.find_spec("container")
+    imported: Any = sys.modules.get("container")
+    if imported is None:
+        other = importlib.util.find_spec("container")
         spec = _own_spec()
-        if found is not None and found.origin != spec.origin:
-            print(f"container run: `import container` is {spec.origin}, and not {found.origin}", file=sys.stderr)
+        if other is not None and other.origin != spec.origin:
+            print(f"container run: `import container` is {spec.origin}, and not {other.origin}", file=sys.stderr)
         sys.modules["container"] = module = importlib.util.module_from_spec(spec)
         spec.loader.exec_module(module)
-    elif getattr(known, "__file__", None) != os.path.join(package, "__init__.py"):
-        print(f"container run: the models are not registered, as {known} has their package's name", file=sys.stderr)
+    elif getattr(imported, "__file__", None) != os.path.join(package, "__init__.py"):
+        print(f"container run: the models are not registered, as {imported} has their package's name", file=sys.stderr)
 
 
 def _read_the_next() -> None:

@@ -520,10 +520,10 @@ def check_classes(of: str, known: list[str] | None, found: list[str] | None) -> 
     Raises:
         ValueError: The names differ, by more than the encoding of accents.
     """
-    theirs, ours = ([compose_accents(name) for name in names or ()] for names in (known, found))
-    if theirs and ours and theirs != ours:
-        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(theirs, ours)) if pair[0] != pair[1])
-        counts = f"{len(theirs)} classes, and the data has {len(ours)}"
+    expected, actual = ([compose_accents(name) for name in names or ()] for names in (known, found))
+    if expected and actual and expected != actual:
+        i, (there, here) = next((i, pair) for i, pair in enumerate(zip_longest(expected, actual)) if pair[0] != pair[1])
+        counts = f"{len(expected)} classes, and the data has {len(actual)}"
         raise ValueError(f"{of} knows {counts}: number {i} is {there or 'none'} there, and {here or 'none'} here")
 
 

@@ -147,15 +147,15 @@ class TeacherOutputs:
 
     def read(self, epoch: int, positions: Sequence[int]) -> tuple[Tensor, Tensor]:
         """Returns outputs (images, classes), zeros where there are none, and whether there are any (images,)."""
-        outputs, known = torch.zeros(len(positions), self.classes, dtype=torch.float16), []
+        outputs, present = torch.zeros(len(positions), self.classes, dtype=torch.float16), []
         with self.open(epoch) as file:
             for row, position in zip(outputs, positions, strict=True):
                 file.seek(position * self.record)
                 record = file.read(self.record)
-                known.append(len(record) == self.record and _checksum(record[:-4]) == record[-4:])
-                if known[-1]:
+                present.append(len(record) == self.record and _checksum(record[:-4]) == record[-4:])
+                if present[-1]:
                     row.copy_(torch.frombuffer(bytearray(record[:-4]), dtype=torch.float16))
-        return outputs, torch.tensor(known)
+        return outputs, torch.tensor(present)
 
     def write(self, epoch: int, positions: Sequence[int], outputs: Tensor) -> None:
         """Keeps outputs (images, classes).
@@ -228,8 +228,8 @@ class Distillation:
         """Returns the teacher's logits for the views of this batch; those that are not kept yet are computed."""
         ours = range(self.at * self.batch_size, self.at * self.batch_size + len(images))
         positions = [i * dist.get_world_size() + dist.get_rank() for i in ours]  # as in SeededSampler
-        logits, known = outputs.read(self.epoch, positions)
-        logits, missing = logits.to(images.device), (~known).nonzero().flatten().tolist()
+        logits, present = outputs.read(self.epoch, positions)
+        logits, missing = logits.to(images.device), (~present).nonzero().flatten().tolist()
         if missing:
             logits[missing] = self.teacher(images[missing])
             outputs.write(self.epoch, [positions[i] for i in missing], logits[missing])
