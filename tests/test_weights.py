@@ -20,6 +20,7 @@ import timm
 import torch
 from conftest import ROOT, shared
 from server import LFS, PAGE, Hub, running
+from timm.data import ImageNetInfo
 
 from container import weights, zoo
 from container.container import checkpoint_filter_fn, default_cfgs
@@ -42,6 +43,8 @@ def test_manifest_follows_its_schema():
         assert f"{record['architecture']}.{record['tag']}" == name
         assert len(record["label_names"] or range(record["num_classes"])) == record["num_classes"]
         assert all(result["command"] or "authors" in result["measured_by"] for result in record["results"])
+    for name, peer in MANIFEST["peers"].items():
+        assert timm.is_model(name) and all(result["command"] for result in peer["results"])
 
 
 @pytest.mark.parametrize(
@@ -142,6 +145,42 @@ def test_packaged_weights_have_the_accuracy_of_the_record(tmp_path):
     printed = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, check=True).stdout
     top1, top5 = (next(r["value"] for r in results if r["metric"] == metric) for metric in ("top1", "top5"))
     assert f"{top1:.2f} % top-1, {top5:.2f} % top-5" in printed
+
+
+@pytest.fixture(scope="module")
+def nips2017(tmp_path_factory):
+    """Photos of ImageNet's classes in class folders, as docs/results.md makes them."""
+    archive, folder = shared("data/nips2017.tar.xz"), tmp_path_factory.mktemp("photos")
+    subprocess.run(["tar", "-xJf", archive, "-C", folder], check=True)
+    names = ImageNetInfo().label_names()
+    for line in (folder / "nips2017" / "labels.txt").read_text().splitlines():
+        file, label = line.split()
+        (folder / "classes" / "nips2017" / names[int(label)]).mkdir(parents=True, exist_ok=True)
+        (folder / "nips2017" / "images" / file).rename(folder / "classes" / "nips2017" / names[int(label)] / file)
+    return folder / "classes"
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", [*PHOTOS, "tf_efficientnet_lite0"])
+def test_photo_weights_have_the_accuracy_of_the_record(name, nips2017):
+    """Each command on record, literally; another processor may take one photo in a thousand for something else."""
+    results = (MANIFEST["weights"].get(name) or MANIFEST["peers"][name])["results"]
+    if name in MANIFEST["peers"]:
+        script = [sys.executable, str(ROOT / "examples" / "efficientnet_lite.py"), "0", "lite0.safetensors"]
+        subprocess.run(script, cwd=nips2017, env={**os.environ, "PYTHONPATH": str(ROOT)}, check=True)
+    commands = {result["command"]: result["data"] for result in results if "NIPS 2017" in result["data"]}
+    assert commands
+    for command, data in commands.items():
+        words = [sys.executable, str(ROOT / "train_imagenet.py"), *command.split()[2:]]
+        environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+        printed = subprocess.run(
+            words, cwd=nips2017, env=environment, capture_output=True, text=True, check=True
+        ).stdout
+        assert "1000 images of 1000 classes" in printed
+        for metric, called in (("top1", "top-1"), ("top5", "top-5")):
+            (value,) = (r["value"] for r in results if r["metric"] == metric and r["data"] == data)
+            measured = float(re.search(rf"([0-9.]+) % {called}", printed)[1])
+            assert measured == pytest.approx(value, abs=0.21)
 
 
 @pytest.fixture
