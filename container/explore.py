@@ -321,6 +321,27 @@ def open_upload(path: str | Path) -> Image.Image:
         raise ValueError(str(error).replace(str(path), name)) from None
 
 
+@lru_cache(maxsize=8)
+def take_upload(path: str, crop: Callable[[Image.Image], Image.Image]) -> Image.Image:
+    """Reads a photo that a visitor has uploaded, and removes its file.
+
+    Gradio keeps the same photo of two visitors in one file, so the last photos are remembered.
+
+    Args:
+        path: The file.
+        crop: Function that returns the part of the photo to remember.
+
+    Raises:
+        ValueError: See `open_upload`; or another visitor's copy was removed meanwhile.
+    """
+    try:
+        return crop(open_upload(path))
+    except FileNotFoundError:
+        raise ValueError("this photo is here no longer: please choose it again") from None
+    finally:
+        Path(path).unlink(missing_ok=True)
+
+
 def paint(values: Tensor) -> Image.Image:
     """Colours a map (H, W) from 0 to its largest value, with one pixel per token."""
     shares = values / values.max().clamp_min(torch.finfo(values.dtype).tiny)
@@ -734,10 +755,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
 
         @told
         def receive(values: dict[Any, Any]) -> dict[Any, Any]:
-            try:
-                photo = every.square(open_upload(values[upload]))
-            finally:
-                Path(values[upload]).unlink(missing_ok=True)
+            photo = take_upload(values[upload], every.square)
             return shown(photo) | views(photo, pixel_of(values), asked(values))
 
         @told

@@ -24,7 +24,7 @@ from PIL import Image
 
 from container import explore, figures
 from container.__main__ import main
-from container.explore import Explorer, Pane, link, open_upload, paint, read_link
+from container.explore import Explorer, Pane, link, open_upload, paint, read_link, take_upload
 from container.predict import SAMPLE, predict
 
 NANO = "container_nano.lite2_dist"
@@ -213,6 +213,24 @@ def test_links_that_lead_nowhere(query, said):
     with pytest.raises(ValueError, match=re.escape(said)):
         read_link(query, ["a.tag"])
     assert read_link(dict(utm="x"), ["a.tag"]) == (None, [])
+
+
+def test_two_visitors_may_give_the_same_photo(tmp_path):
+    """Gradio keeps it in one file, which the first to read it removes; what is gone is one plain line."""
+
+    def crop(photo):
+        return photo.crop((0, 0, 20, 20))
+
+    path = tmp_path / "photo.png"
+    Image.new("RGB", (40, 30), (9, 99, 200)).save(path)
+    first = take_upload(str(path), crop)
+    assert not path.exists() and take_upload(str(path), crop) is first and first.size == (20, 20)
+    with pytest.raises(ValueError, match="^this photo is here no longer: please choose it again$"):
+        take_upload(str(tmp_path / "other.png"), crop)
+    path.write_bytes(b"no photo")
+    with pytest.raises(ValueError, match="cannot be read as a JPEG, PNG or WebP photo"):
+        take_upload(str(path), lambda photo: photo)
+    assert not path.exists()
 
 
 def test_uploads(tmp_path, monkeypatch):
