@@ -322,14 +322,14 @@ def open_upload(path: str | Path) -> Image.Image:
 
 
 @lru_cache(maxsize=8)
-def take_upload(path: str, crop: Callable[[Image.Image], Image.Image]) -> Image.Image:
+def take_upload(path: str, crop: Callable[[Image.Image], bytes]) -> bytes:
     """Reads a photo that a visitor has uploaded, and removes its file.
 
     Gradio keeps the same photo of two visitors in one file, so the last photos are remembered.
 
     Args:
         path: The file.
-        crop: Function that returns the part of the photo to remember.
+        crop: Function that returns the pixels to remember.
 
     Raises:
         ValueError: See `open_upload`; or another visitor's copy was removed meanwhile.
