@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from conftest import ROOT, randomize
 from timm.layers import make_divisible, set_fused_attn
 from timm.models import save_for_hf
-from timm.models._input import get_model_input_config
+from timm.models._input import get_model_input_config, get_model_traits
 from timm.models._manipulate import group_parameters
 from timm.optim import param_groups_weight_decay
 from torch.utils.flop_counter import FlopCounterMode
@@ -845,3 +845,38 @@ def test_every_member_writes_its_affinities_out(name):
         assert isinstance(stage.blocks[0].aggregation, Aggregation)
         assert a.shape[-2:] == (x[0, 0].numel(),) * 2 and a.shape[1] in (1, x.shape[1], x.shape[1] // 8)
         x = stage.blocks(x)
+
+
+def test_a_new_size_is_recorded_as_timm_records_it(tmp_path):
+    """In the traits, in the arguments to create it again, and so in an exported folder; beside timm's own ViT."""
+    ours = timm.create_model("container_mixer", img_size=64, **SMALL)
+    theirs = timm.create_model("vit_tiny_patch16_224", img_size=64, num_classes=7)
+    for model in (ours, theirs):
+        model.set_input_size((96, 64))
+    traits = [get_model_traits(model) | dict(first_conv=None) for model in (ours, theirs)]
+    assert traits[0] == traits[1] and ours.pretrained_cfg["input_size"] == (3, 224, 224)
+    assert get_model_input_config(ours)["input_size"] == get_model_input_config(theirs)["input_size"] == (3, 96, 64)
+    save_for_hf(ours, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    x = torch.randn(1, 3, 96, 64)
+    assert torch.equal(again(x), ours.eval()(x))
+
+
+def test_an_exported_folder_comes_back_with_another_head_and_pool(tmp_path):
+    model = timm.create_model("container_light_nano", num_classes=3).eval()
+    model.reset_classifier(7, "max")
+    save_for_hf(model, str(tmp_path), safe_serialization=True)
+    again = timm.create_model(f"local-dir:{tmp_path}", pretrained=True).eval()
+    assert again.num_classes == 7 and again.head.global_pool.pool_type == "max"
+    x = torch.randn(1, 3, 64, 64)
+    assert torch.equal(again(x), model(x))
+
+
+@pytest.mark.parametrize("name", ["container_light_nano", "container_nano"])
+@pytest.mark.parametrize("index", [0, 1, 2, 3])
+def test_pruning_leaves_no_parameter_without_a_gradient(name, index):
+    model = timm.create_model(name, num_classes=3)
+    model.prune_intermediate_layers([index], prune_norm=True, prune_head=True)
+    (feature,) = model.forward_intermediates(torch.randn(2, 3, 64, 64), indices=[index], intermediates_only=True)
+    feature.sum().backward()
+    assert all(p.grad is not None for p in model.parameters())
