@@ -139,6 +139,8 @@ def export(
     example = torch.randn(count, channels, *side)
     wrapped = _Outputs(fuse(model)).eval()
     names, dims = _output_names(wrapped, example), _dynamic(model, batch, dynamic_size)
+    if evaluate is not None and names != ["logits"]:
+        raise ValueError("feature maps have no classes to evaluate")
     labelled = None if evaluate is None else int8.labelled(model, evaluate)
     photos = None
     if calibrate is not None:

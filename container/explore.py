@@ -281,7 +281,7 @@ def read_link(query: Mapping[str, str], models: Sequence[str]) -> tuple[tuple[in
             value = kind(query[key]) if key in query else otherwise
             if value is None or math.isfinite(value):
                 return value
-        except ValueError:
+        except (OverflowError, ValueError):
             pass
         raise ValueError(f"the link's {key} is not a {'whole ' if kind is int else ''}number: {query[key][:40]}")
 
@@ -819,7 +819,8 @@ def _check_address(host: str, port: int) -> None:
     if not 0 < port < 2**16:
         raise ValueError(f"there is no port {port}: they go from 1 to {2**16 - 1}")
     try:
-        socket.create_server((host, port)).close()
+        family = socket.AF_INET6 if ":" in host else socket.AF_INET
+        socket.create_server((host, port), family=family).close()
     except OSError as error:
         reason = (error.strerror or str(error)).partition(" (while")[0]
         raise OSError(f"nothing can listen at {host}, port {port}: {reason}") from None

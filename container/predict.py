@@ -82,10 +82,10 @@ def predict(images: Iterable[str | Path], model: nn.Module, top: int = 5) -> lis
     if model.training:
         raise ValueError("a model in training mode drops branches and uses a batch's statistics: call eval() first")
     names, config = class_names(model), resolve_model_data_config(model)
-    transform, device = create_transform(**config), next(model.parameters()).device
+    transform, parameter = create_transform(**config), next(model.parameters())
     found = []
     for image in images:
-        given = transform(open_photo(image))[None].to(device)
+        given = transform(open_photo(image))[None].to(parameter.device, parameter.dtype)
         try:
             with torch.no_grad():
                 logits = model(given)[0]

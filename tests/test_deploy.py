@@ -167,6 +167,12 @@ def test_a_nan_in_any_output_of_any_shape_is_a_difference(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+def test_feature_maps_have_no_classes_to_evaluate(tmp_path):
+    maps = timm.create_model("container_light_nano_32", features_only=True).eval()
+    with pytest.raises(ValueError, match="feature maps have no classes to evaluate"):
+        deploy.export(maps, tmp_path / "m.pt", "torchscript", evaluate=tmp_path)
+
+
 def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, capsys):
     """The classes and probabilities of `predict`, from the file alone."""
     monkeypatch.chdir(tmp_path)

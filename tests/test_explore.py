@@ -215,6 +215,20 @@ def test_links_that_lead_nowhere(query, said):
     assert read_link(dict(utm="x"), ["a.tag"]) == (None, [])
 
 
+def test_a_number_beyond_all_bounds_is_one_line():
+    with pytest.raises(ValueError, match="the link's x is not a whole number: 1111"):
+        read_link(dict(x="1" * 400), [])
+
+
+@pytest.mark.skipif(not socket.has_ipv6, reason="this machine has no IPv6")
+def test_an_address_may_be_of_ipv6():
+    with socket.create_server(("::1", 0), family=socket.AF_INET6) as taken:
+        port = taken.getsockname()[1]
+        with pytest.raises(OSError, match="nothing can listen at ::1, port"):
+            explore._check_address("::1", port)
+    explore._check_address("::1", port)
+
+
 def test_two_visitors_may_give_the_same_photo(tmp_path):
     """Gradio keeps it in one file, which the first to read it removes; what is gone is one plain line."""
 

@@ -90,6 +90,13 @@ def test_only_weights_on_record_say_how_often_they_are_right(tmp_path, capsys):
     assert zoo.accuracy("container_light_nano.none") == zoo.accuracy("resnet18.a1_in1k") == ""
 
 
+def test_a_model_of_another_type(tmp_path):
+    """Photos are of the type of its weights."""
+    model = timm.create_model(OURS, pretrained=True).eval()
+    (expected,), (found,) = predict([SAMPLE], model), predict([SAMPLE], model.double())
+    assert found == [(name, pytest.approx(p, abs=1e-5)) for name, p in expected]
+
+
 def test_golden_retriever(golden, capsys):
     main(["predict", "--model", "container_light_nano", "--checkpoint", str(golden), "--img-size", "64"])
     p, name = lines(capsys.readouterr().out)[0]
