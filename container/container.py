@@ -613,6 +613,8 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
     if pretrained:
         for tensor in (*model.parameters(), *model.buffers()):
             tensor._is_hf_initialized = True  # type: ignore # or transformers' from_pretrained would reset batch norms
+    else:
+        model.pretrained_cfg["label_names"] = None  # type: ignore # the classes of weights that were not loaded
     return model
 
 

@@ -21,6 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from container import Aggregation, Block, Container, SelfAttention
 from container.container import checkpoint_filter_fn, from_released
+from container.predict import class_names
 
 NAMES = timm.list_models("container*")
 FIXED = [n for n in NAMES if timm.get_pretrained_cfg(n).fixed_input_size]
@@ -793,6 +794,13 @@ def test_a_classifier_that_fits_is_kept(released, tmp_path):
     assert torch.equal(direct.head.fc.weight, state["head.weight"]) and torch.equal(
         again.head.fc.bias, direct.head.fc.bias
     )
+
+
+def test_random_weights_have_no_names_of_classes():
+    """Though they are as many as those of the model's weights."""
+    drawn = timm.create_model("container_light_nano_32", num_classes=10).eval()
+    assert not drawn.pretrained_cfg["label_names"] and class_names(drawn) == [str(i) for i in range(10)]
+    assert class_names(timm.create_model("container_light_nano_32", pretrained=True).eval())[0] == "airplane"
 
 
 def test_labels_of_the_registry_are_not_those_of_another_file(tmp_path):
