@@ -41,7 +41,7 @@ def test_table_has_every_member_and_only_measured_numbers():
         records = [record for record in weights.manifest().values() if record["architecture"] == name.strip("`")]
         assert image == f"{cfg.input_size[1]} px" and (trained == "none yet") == (not records)
         summaries = trained.split("; also ")
-        assert trained == "none yet" or len(summaries) == len(records) and summaries[0].startswith(f"`{cfg.tag}`: ")
+        assert trained == "none yet" or (len(summaries) == len(records) and summaries[0].startswith(f"`{cfg.tag}`: "))
         for record in records:  # the first of its accuracies is the one that a stranger takes it for
             first = next(result for result in record["results"] if result["metric"] == "top1")
             assert any(s.startswith(f"`{record['tag']}`: {first['value']} % ({first['data']}") for s in summaries)
