@@ -319,11 +319,11 @@ class ClassTar(Reader):
             suffix = _suffix(name)
             found.pop(name, None)  # the last copy counts
             links.pop(name, None)
-            if member.isfile() and suffix == ".tar" and not folder:
-                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
-                    found |= self._scan(inner, name.removesuffix(".tar"), first + member.offset_data)
-            elif any(map(_is_hidden, name.split("/"))):
+            if any(map(_is_hidden, name.split("/"))):  # first: a Mac's ._NAME.tar is no archive
                 self.left_out["hidden"] += member.isfile()
+            elif member.isfile() and suffix == ".tar" and not folder:
+                with tarfile.open(fileobj=archive.extractfile(member), mode="r:") as inner:
+                    found |= self._scan(inner, os.path.splitext(name)[0], first + member.offset_data)
             elif suffix not in get_img_extensions(as_set=True):
                 self.left_out[suffix or "none"] += member.isfile()
             elif member.isfile() and not member.issparse():

@@ -454,11 +454,12 @@ def test_links_in_a_tar_are_images_as_in_a_folder(tmp_path, nested):
             subprocess.run(
                 ["tar", "cf", tmp_path / "tars" / f"{name}.tar", "-C", tmp_path / "train" / name, *os.listdir(folder)]
             )
+        (tmp_path / "tars" / "._a.tar").write_bytes(b"what a Mac keeps beside a file")
         packed = pack(tmp_path / "train.tar", tmp_path / "tars")
     assert packed.filenames() == images.filenames() and pixels_of(packed) == pixels_of(images)
     assert [packed[i][1] for i in range(len(packed))] == [images[i][1] for i in range(len(images))]
-    found = f"2 files with other suffixes (link to nothing) in {tmp_path / 'train.tar'} are not used"
-    assert packed.left_out == ("" if nested else found)
+    reason = "1 hidden files or files in system folders" if nested else "2 files with other suffixes (link to nothing)"
+    assert packed.left_out == f"{reason} in {tmp_path / 'train.tar'} are not used"
 
 
 def test_the_last_copy_in_a_tar_counts(tmp_path):
