@@ -33,6 +33,8 @@ from timm.utils import ParseKwargs, freeze
 
 import container.training
 from container.container import from_released, is_released
+from container.errors import in_one_line, suggest
+from container.images import MAX_SIDE
 from container.training import (
     HALF,
     Checkpoints,
@@ -60,7 +62,7 @@ from container.training import (
 
 RECIPES = Path(container.training.__file__).parent / "recipes"
 
-COUNT, NATURAL = number(int, "[1, inf)"), number(int, "[0, inf)")
+COUNT, NATURAL, SIDE = (number(int, values) for values in ("[1, inf)", "[0, inf)", f"[1, {MAX_SIDE}]"))
 AMOUNT, SHARE, PART, RATE = (number(float, values) for values in ("[0, inf)", "[0, 1]", "(0, 1]", "[0, 1)"))
 
 # Arguments of models and optimizers that are not for --model-args and --opt-args, and what sets them.
@@ -163,12 +165,12 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     data.add_argument("--val-split", default="validation", help="the same for validation")
     data.add_argument("--num-classes", type=COUNT, help="expected number of classes; required for WebDataset")
     data.add_argument("--real-labels", help="ImageNet-ReaL's JSON: --eval also reports accuracy on its labels")
-    data.add_argument("--img-size", type=COUNT, help="image size; default: the model's")
+    data.add_argument("--img-size", type=SIDE, help="image size; default: the model's")
     data.add_argument(
         "--crop-pct", type=PART, help="centre crop in evaluation, as a share of the side; default: the model's"
     )
     data.add_argument(
-        "--start-size", type=COUNT, help="image size in the first epoch, growing to the full size by the last"
+        "--start-size", type=SIDE, help="image size in the first epoch, growing to the full size by the last"
     )
     data.add_argument(
         "--workers",
@@ -196,7 +198,7 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     model.add_argument(
         "--distill", type=SHARE, default=0.5, help="weight of the teacher in the loss; with 1, labels are not read"
     )
-    model.add_argument("--teacher-size", type=COUNT, help="image size for the teacher; default: the model's")
+    model.add_argument("--teacher-size", type=SIDE, help="image size for the teacher; default: the model's")
     model.add_argument(
         "--temperature",
         type=number(float, "(0, inf)"),
@@ -289,7 +291,8 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--pretrained and --checkpoint are two starting points")
     for name in filter(None, (args.model, args.teacher)):
         if not timm.is_model(name):
-            parser.error(f"unknown model {name}; this package has {', '.join(timm.list_models('container*'))}")
+            near = suggest(name, timm.list_models())
+            parser.error(f"unknown model {name}: {near or '`container list` has ours, timm.list_models() all'}")
         try:
             get_pretrained_cfg(name)
         except RuntimeError as error:  # no such tag
@@ -549,8 +552,7 @@ def one_line(*errors: type[BaseException]) -> Iterator[None]:
     except errors as error:
         if os.environ.get("CONTAINER_TRACEBACK"):
             raise
-        lines = str(error).strip().splitlines() or [repr(error)]
-        raise SystemExit(f"train_imagenet.py: {lines[-1 if lines[0].startswith('Caught ') else 0]}") from None
+        raise SystemExit(f"train_imagenet.py: {in_one_line(error)}") from None
 
 
 def main(argv: Sequence[str] | None = None) -> float:
@@ -568,10 +570,12 @@ def main(argv: Sequence[str] | None = None) -> float:
     args.device = args.device if args.dry_run else str(device)
     run = None
     try:
-        with one_line(AssertionError, ImportError, OSError, RuntimeError, TypeError, ValueError):
+        with one_line(AssertionError, ImportError, MemoryError, OSError, RuntimeError, TypeError, ValueError):
             if args.eval:
                 return evaluate_weights(args, device)
             train_set, val_set, num_classes = open_data(args)
+            if num_classes < 2:
+                raise ValueError(f"{args.data_dir} has one class: there is nothing to tell apart")
             check_teacher(args, num_classes, getattr(train_set, "classes", None))
             seed_everything(args.seed)
             start = args
@@ -585,8 +589,11 @@ def main(argv: Sequence[str] | None = None) -> float:
                 print(describe(run))
             if args.dry_run:
                 return math.nan
-            if run.open() and run.rank == 0:
-                print(f"going on after {run.progress.epoch} epochs and {run.progress.step} steps")
+            asked, resumed = args.output, run.open()
+            if run.rank == 0:
+                print(f"output: {run.output}" + ("" if str(run.output) == asked else f" ({asked} exists)"))
+                if resumed:
+                    print(f"going on after {run.progress.epoch} epochs and {run.progress.step} steps")
         with one_line(FloatingPointError, OSError, ValueError, torch.OutOfMemoryError):
             top1 = run.train()
         if run.rank == 0:

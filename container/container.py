@@ -614,7 +614,7 @@ def _create_container(variant: str, pretrained: bool = False, **kwargs: Any) -> 
         for tensor in (*model.parameters(), *model.buffers()):
             tensor._is_hf_initialized = True  # type: ignore # or transformers' from_pretrained would reset batch norms
     else:
-        model.pretrained_cfg["label_names"] = None  # type: ignore # the classes of weights that were not loaded
+        model.pretrained_cfg["label_names"] = ()  # type: ignore # random weights have no classes with names
     return model
 
 

@@ -23,7 +23,6 @@ from pathlib import Path
 from typing import Any, NamedTuple
 from urllib.parse import urlencode
 
-import timm
 import torch
 from PIL import Image
 from timm.data import resolve_model_data_config
@@ -49,7 +48,7 @@ __all__ = [
     "serve",
 ]
 
-MODELS = ("container_nano.lite2_dist", "container_light_nano.lite2_dist", "container_mixer")
+MODELS = ("container_nano", "container_light_nano")
 """Models offered by default; the page starts with the first."""
 _MEGABYTES = 10
 _MEGAPIXELS = 50
@@ -502,12 +501,12 @@ class _Controls(NamedTuple):
 class _Models:
     """Models of a page, created on first use, and the square of a photo that all of them see."""
 
-    def __init__(self, names: Sequence[str], img_size: int | None) -> None:
+    def __init__(self, names: Sequence[str], img_size: int | None, pretrained: bool) -> None:
         for name in names:
-            if name.partition(".")[0] not in timm.list_models(module="container"):
-                raise ValueError(f"no model {name.partition('.')[0]!r} in this family: `container list` has them")
-        first = weights.create(names[0], img_size=img_size)
-        self._config = resolve_model_data_config(first)
+            weights.check_family(name.partition(".")[0])
+        names = [weights.add_default_tag(name) for name in names] if pretrained else names
+        first = weights.create(names[0], img_size=img_size, pretrained=pretrained)
+        self._config, self._pretrained = resolve_model_data_config(first), pretrained
         self.names, self.side = list(dict.fromkeys(names)), self._config["input_size"][-1]
         if self.side < (token := first.feature_info[-1]["reduction"]):
             raise ValueError(
@@ -519,7 +518,8 @@ class _Models:
     def __getitem__(self, name: str) -> Explorer:
         with self._lock:
             if name not in self._made:
-                self._made[name] = Explorer(weights.create(name, img_size=self.side), self.side)
+                model = weights.create(name, img_size=self.side, pretrained=self._pretrained)
+                self._made[name] = Explorer(model, self.side)
             return self._made[name]
 
     def square(self, photo: Image.Image) -> bytes:
@@ -543,7 +543,7 @@ class _Models:
 
     def choices(self) -> list[tuple[str, str]]:
         """Returns (label, name) of each model for a dropdown."""
-        return [(name if "." in name else f"{name} (random weights)", name) for name in self.names]
+        return [(weights.describe(name, pretrained=self._pretrained), name) for name in self.names]
 
     def settled(self, pane: Pane) -> Pane:
         """Returns a pane with alpha and beta set to None if they equal the learned ones within half a slider step."""
@@ -566,14 +566,19 @@ class _Models:
         return _maps_page(views, block, self.side), _classes_page(explorer.classes, now, learned)
 
 
-def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_size: int | None = None) -> Any:
+def build(
+    models: Sequence[str] = MODELS,
+    photo: Image.Image | None = None,
+    img_size: int | None = None,
+    pretrained: bool = True,
+) -> Any:
     """Builds the page, a `gradio.Blocks`.
 
     Args:
-        models: `NAME.tag` for published weights, `NAME` for random weights. The first is shown; the others are created
-            when selected.
+        models: `NAME.tag`, or `NAME` for its default weights. The first is shown; the others are created when selected.
         photo: Initial photo, in RGB; the package's sample if None. Links work for the sample only.
         img_size: Side in pixels of the square that all models see; that of the first model's weights if None.
+        pretrained: As in `weights.create`.
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
@@ -585,7 +590,7 @@ def build(models: Sequence[str] = MODELS, photo: Image.Image | None = None, img_
             raise ImportError(f'the page needs {module}: pip install "container-timm[explore]"')
     import gradio as gr
 
-    every = _Models(models, img_size)
+    every = _Models(models, img_size, pretrained)
     side, first, start = every.side, every.first_pane(), every.first_pixel()
     own = photo is not None
     sample = every.square(open_photo(SAMPLE) if photo is None else photo)
@@ -832,6 +837,7 @@ def serve(
     img_size: int | None = None,
     host: str = "127.0.0.1",
     port: int = 7860,
+    pretrained: bool = True,
 ) -> None:
     """Serves the page until interrupted, and stores no uploads.
 
@@ -841,6 +847,7 @@ def serve(
         img_size: As in `build`.
         host: Address to listen on: 127.0.0.1 for this machine alone, 0.0.0.0 for the network.
         port: Port to listen on.
+        pretrained: As in `weights.create`.
 
     Raises:
         ImportError: Gradio or Matplotlib is not installed.
@@ -854,7 +861,7 @@ def serve(
     with tempfile.TemporaryDirectory() as folder:
         # Gradio reads these when it is imported and when a page is created.
         os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
-        page = build(models, None if photo is None else open_photo(photo), img_size)
+        page = build(models, None if photo is None else open_photo(photo), img_size, pretrained)
         from gradio.themes import Base
 
         page.launch(

@@ -1,6 +1,6 @@
 """Figures of a model's affinities on an image.
 
-`container figures IMAGE --model NAME[.tag] --out DIR` draws four figures: the affinities' rows at one token, alpha and
+`container figures IMAGE --out DIR` draws four figures: the affinities' rows at one token, alpha and
 beta of every block, entropy and reach of every head, and the feature pyramid. Rows are computed for a few tokens at a
 time with the affinities' own kernels, so no N x N matrix is formed at any image size.
 """
@@ -10,7 +10,6 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
-import timm
 import torch
 from PIL import Image
 from timm.data import create_transform, resolve_model_data_config
@@ -20,6 +19,7 @@ from torchvision.transforms.functional import to_pil_image
 from . import weights
 from .aggregation import Aggregation
 from .container import Container
+from .files import check_new
 from .images import open_photo
 
 __all__ = [
@@ -432,31 +432,36 @@ def draw(
     checkpoint: str = "",
     pixel: tuple[int, int] | None = None,
     img_size: int | None = None,
+    pretrained: bool = True,
 ) -> list[Path]:
     """Draws `affinities.png`, `gates.png`, `heads.png` and `pyramid.png` for an image file.
 
     Args:
         image: Image file; the model sees its central square.
-        model: `NAME.tag` for published weights, `NAME` for those of `checkpoint` or for random weights.
+        model: `NAME.tag`, or `NAME` for its default weights.
         out: Output folder, created if necessary.
         checkpoint: Weights file.
         pixel: (x, y) in the square that the model sees; its middle if None.
         img_size: Side of that square; the model's own if None.
+        pretrained: As in `weights.create`.
 
     Returns:
         Paths of the files.
 
     Raises:
+        FileExistsError: A picture of that name exists.
         OSError: The image cannot be read, or the folder cannot be written.
         RuntimeError: `checkpoint` is not a checkpoint file, or no published weights have that tag.
         ValueError: The model is not of this family, the checkpoint does not fit, both a tag and a checkpoint are given,
             the pixel is outside the image, or the image is too small.
     """
-    name, _, tag = model.partition(".")
-    if name not in timm.list_models(module="container"):
-        raise ValueError(f"no model {name!r} in this family: `container list` has them")
+    name = model.partition(".")[0]
+    weights.check_family(name)
+    paths = {stem: Path(out, f"{stem}.png") for stem in ("affinities", "gates", "heads", "pyramid")}
+    for path in paths.values():
+        check_new(path)
     photo = open_photo(image)
-    network = weights.create(model, checkpoint)
+    network = weights.create(model, checkpoint, pretrained=pretrained)
     if img_size is not None:
         if img_size < (token := network.feature_info[-1]["reduction"]):
             raise ValueError(f"{img_size} pixels are too few for {name}: one token of its last stage takes {token}")
@@ -466,17 +471,14 @@ def draw(
     given, shown = seen(photo, config | dict(input_size=(3, side, side), crop_pct=1.0, crop_mode="center"))
     pixel = (side // 2, side // 2) if pixel is None else pixel
     views = look(network, given, pixel)
-    title = (
-        f"{name}, {f'weights {tag}' if tag else Path(checkpoint).name if checkpoint else 'random weights'}, {side} px"
-    )
+    title = f"{weights.describe(model, checkpoint, pretrained)}, {side} px"
     figures = {
         "affinities": _draw_affinities(views, shown, pixel, title),
         "gates": _draw_gates(views, gates(network), title),
         "heads": _draw_heads(views, title),
         "pyramid": _draw_pyramid(network, given, shown, title),
     }
-    folder = Path(out)
-    folder.mkdir(parents=True, exist_ok=True)
+    Path(out).mkdir(parents=True, exist_ok=True)
     for stem, figure in figures.items():
-        figure.savefig(folder / f"{stem}.png", dpi=100)
-    return [folder / f"{stem}.png" for stem in figures]
+        figure.savefig(paths[stem], dpi=100)
+    return list(paths.values())

@@ -4,7 +4,17 @@ import os
 import secrets
 from pathlib import Path
 
-__all__ = ["write_atomically"]
+__all__ = ["check_new", "write_atomically"]
+
+
+def check_new(path: str | Path) -> None:
+    """Checks that a file may be written: it does not exist yet.
+
+    Raises:
+        FileExistsError: It exists.
+    """
+    if os.path.lexists(path):
+        raise FileExistsError(f"{path} exists: delete it, or choose another name")
 
 
 def write_atomically(path: str | Path, data: bytes | memoryview) -> None:

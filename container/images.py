@@ -6,7 +6,10 @@ from typing import Any
 import numpy as np
 from PIL import ExifTags, Image, UnidentifiedImageError
 
-__all__ = ["check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
+__all__ = ["MAX_SIDE", "check_shape", "open_photo", "open_rgb", "pixels_per_token", "to_rgb"]
+
+MAX_SIDE = 4096
+"""Largest image size that models are created for, in pixels."""
 
 _TURNS = {  # EXIF orientation: what makes the image upright
     2: Image.Transpose.FLIP_LEFT_RIGHT,

@@ -1,5 +1,6 @@
 """Predicts the most likely classes of photos, with readable names."""
 
+import re
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any
@@ -8,6 +9,7 @@ import torch
 from timm.data import ImageNetInfo, create_transform, infer_imagenet_subset, resolve_model_data_config
 from torch import nn
 
+from . import weights
 from .images import open_photo
 
 __all__ = ["SAMPLE", "class_names", "label_names", "predict"]
@@ -19,8 +21,8 @@ SAMPLE = Path(__file__).with_name("sample.jpg")
 def label_names(model: nn.Module) -> list[str]:
     """Returns the names of a model's classes, as in its training folders, in the order of its logits.
 
-    The names come with the weights. Otherwise they are those of the ImageNet subset with the same number of classes, or
-    else plain numbers.
+    The names are those of the weights that were loaded: listed in `pretrained_cfg`, or ImageNet's if the weights are
+    published as those of ImageNet's classes. Other weights and other classifiers have plain numbers.
 
     Args:
         model: A timm model, from `weights.create` or `timm.create_model`.
@@ -31,11 +33,14 @@ def label_names(model: nn.Module) -> list[str]:
     network: Any = model
     if not network.num_classes:
         raise ValueError(f"{type(model).__name__} has no classifier")
-    names = list(network.pretrained_cfg.get("label_names") or ())
-    if len(names) != network.num_classes:  # missing, or those of another classifier
-        subset = infer_imagenet_subset(network)
-        names = ImageNetInfo(subset).label_names() if subset else [str(i) for i in range(network.num_classes)]
-    return names
+    cfg, names = network.pretrained_cfg, network.pretrained_cfg.get("label_names")
+    published = f"{cfg.get('architecture')}.{cfg.get('tag')}"
+    of_imagenet = published in weights.manifest() or re.search(r"(^|[_.])in(1|12|21|22)k", published)
+    if names is None and of_imagenet and (subset := infer_imagenet_subset(network)):
+        names = ImageNetInfo(subset).label_names()
+    if len(names or ()) != network.num_classes:  # missing, or those of another classifier
+        names = map(str, range(network.num_classes))
+    return list(names)
 
 
 def class_names(model: nn.Module) -> list[str]:

@@ -1,6 +1,6 @@
 """Evaluates frozen features with k nearest neighbours and a linear classifier, on any folder of class folders.
 
-`container probe DIR --model NAME[.tag]` does not train the model. Both classifiers use the input of the model's own
+`container probe DIR [--model NAME[.tag]]` does not train the model. Both classifiers use the input of the model's own
 classifier: one feature vector per image.
 """
 
@@ -160,6 +160,7 @@ def probe(
     img_size: int | None = None,
     workers: int | None = None,
     seed: int = 0,
+    pretrained: bool = True,
 ) -> dict[str, Any]:
     """Measures how well `knn` and `linear` classify a folder's validation images from a model's frozen features.
 
@@ -169,11 +170,12 @@ def probe(
 
     Args:
         data_dir: Folder with `train` and `val` (or `validation`, `test`), each a folder or a tar file of class folders.
-        model: timm name: `NAME.tag` for published weights, `NAME` for those of `checkpoint` or for random weights.
+        model: timm name: `NAME.tag`, or `NAME` for its default weights.
         checkpoint: Weights file.
         img_size: Side of the images in pixels; the model's own if None.
         workers: Number of loader processes; `default_workers()` if None.
         seed: Seed of random weights and of the split in `linear`.
+        pretrained: As in `weights.create`.
 
     Returns:
         Results and settings as plain values; accuracies and their 95 % intervals (`wilson`) in percent.
@@ -191,7 +193,7 @@ def probe(
     if classes < 2:
         raise ValueError(f"{data_dir} has one class: there is nothing to tell apart")
     train.train = False  # otherwise an unreadable image would be replaced by the next one, which would count twice
-    network = weights.create(model, checkpoint, img_size, seed=seed)
+    network = weights.create(model, checkpoint, img_size, pretrained, seed)
     network.to("cuda" if torch.cuda.is_available() else "cpu")
     config = resolve_model_data_config(network)
     parts = []
@@ -207,8 +209,8 @@ def probe(
 
     by_linear, c = linear(x, y, x_val, seed)
     return dict(
-        model=model,
-        weights=str(checkpoint) or model.partition(".")[2] or "random weights",
+        model=weights.describe(model, checkpoint, pretrained),
+        checkpoint=str(checkpoint) or None,
         data=str(data_dir),
         input_size=list(config["input_size"]),
         classes=classes,
@@ -224,11 +226,9 @@ def probe(
 
 def describe(found: dict[str, Any]) -> str:
     """Formats the results of `probe` in one line."""
-    tagged = "." in found["model"]
-    name = found["model"] if tagged else f"{found['model']} ({Path(found['weights']).name})"
     size = " x ".join(map(str, dict.fromkeys(found["input_size"][1:])))  # one number for a square
     return (
-        f"{name} at {size} px on {found['data']}: {found['classes']} classes, "
+        f"{found['model']} at {size} px on {found['data']}: {found['classes']} classes, "
         f"{found['train_images']} + {found['val_images']} images, k-NN {found['knn']['top1']:.2f} %, "
         f"linear {found['linear']['top1']:.2f} % (C {found['linear']['C']:g}), {found['features']} features, "
         f"{found['seconds']:.0f} s"

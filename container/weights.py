@@ -38,12 +38,17 @@ from torch import Tensor
 
 from . import container as model_file
 from .container import checkpoint_filter_fn, is_released
+from .errors import in_one_line, suggest
+from .images import MAX_SIDE
 
 __all__ = [
     "UnknownWeightsError",
+    "add_default_tag",
     "check",
+    "check_family",
     "class_names",
     "create",
+    "describe",
     "find",
     "fit",
     "manifest",
@@ -63,6 +68,11 @@ _PACKAGE = Path(__file__).parent
 
 class UnknownWeightsError(KeyError):
     """Raised when there is no record of the weights with a name."""
+
+    def __str__(self) -> str:
+        kin = [name for name in names() if name.partition(".")[0] == self.args[0].partition(".")[0]]
+        known = f"there are {', '.join(kin)}" if kin else suggest(self.args[0], names())
+        return f"no weights {self.args[0]!r}: {known or '`container weights list` names them'}"
 
 
 @cache
@@ -112,6 +122,19 @@ def record(name: str) -> dict[str, Any]:
         return own
     except (ValueError, KeyError, TypeError) as error:
         raise RuntimeError(f"{path} is not a record of {name} ({error}): delete it") from None
+
+
+def add_default_tag(name: str) -> str:
+    """Returns the name of the weights that `timm.create_model(name, pretrained=True)` loads, with their tag.
+
+    A name with a tag, of another source such as `local-dir:`, or of a model without weights is returned unchanged.
+
+    Args:
+        name: `architecture` or `architecture.tag`.
+    """
+    cfg = None if ":" in name or "." in name or not timm.is_model(name) else get_pretrained_cfg(name)
+    tagged = f"{name}.{cfg.tag}" if cfg else name
+    return tagged if tagged in names() or timm.is_model_pretrained(name) else name
 
 
 def sha256_of(path: str | Path) -> str:
@@ -328,8 +351,7 @@ def fit(state_dict: dict[str, Tensor], name: str) -> dict[str, Tensor]:
         ValueError: There is no such model, or the checkpoint does not fit it exactly.
     """
     architecture, _ = split_model_name_tag(name)
-    if architecture not in (family := timm.list_models(module="container")):
-        raise ValueError(f"no model {architecture}: choose from {', '.join(family)}")
+    check_family(architecture)
     head = state_dict.get("head.weight", state_dict.get("head.fc.weight", torch.empty(0)))
     classes = record(name)["num_classes"] if name in names() else len(head)
     overlay = dict(num_classes=classes)  # so that the classifier must be present and fit
@@ -346,19 +368,19 @@ def create(
     model: str,
     checkpoint: str | Path = "",
     img_size: int | None = None,
-    pretrained: bool = False,
+    pretrained: bool = True,
     seed: int = 0,
     features_only: bool = False,
 ) -> Any:
     """Creates a timm model in evaluation mode, with published, own or random weights.
 
     Args:
-        model: `NAME.tag` for published weights, `NAME` with `checkpoint`; also timm's other sources, such as
+        model: timm name: `NAME.tag`, or `NAME` for its default weights; also timm's other sources, such as
             `local-dir:FOLDER`.
         checkpoint: Weights file, which must fit. The model gets as many classes as the file has.
         img_size: Side of the images in pixels, also written to `input_size` of `pretrained_cfg`; the weights' own if
             None.
-        pretrained: Whether `NAME` alone loads timm's default weights. Otherwise it gets random weights.
+        pretrained: Whether to load published weights if there is no `checkpoint`. Otherwise weights are random.
         seed: Seed of random weights.
         features_only: Whether to return feature maps instead of logits.
 
@@ -366,17 +388,20 @@ def create(
         FileNotFoundError: There is no such checkpoint.
         RuntimeError: The file is not a checkpoint, the published weights cannot be loaded, or the model cannot be
             created, for example at that image size.
-        ValueError: There is no such model, it has no weights, `img_size` is not positive, the checkpoint does not fit,
-            or both a tag and a checkpoint are given.
+        ValueError: There is no such model, it has no weights, `img_size` is not from 1 to `MAX_SIDE`, the checkpoint
+            does not fit, or a tag is given with a checkpoint or for random weights.
     """
     elsewhere = ":" in model
     name, tag = ("", model) if elsewhere else split_model_name_tag(model)
     if not elsewhere and not timm.is_model(name):
-        raise ValueError(f"no model {name!r}: `container list` has ours, timm.list_models() all")
+        near = suggest(name, timm.list_models())
+        raise ValueError(f"no model {name!r}: {near or '`container list` has ours, timm.list_models() all'}")
     if tag and checkpoint:
         raise ValueError(f"{model} names published weights, and the checkpoint {checkpoint} others: give one of them")
-    if img_size is not None and img_size < 1:
-        raise ValueError(f"img_size {img_size} is not a positive number of pixels")
+    if tag and not pretrained:
+        raise ValueError(f"{model} names published weights, and random ones are asked for")
+    if img_size is not None and not 1 <= img_size <= MAX_SIDE:
+        raise ValueError(f"image size {img_size} is not from 1 to {MAX_SIDE:,} pixels")
     if pretrained and not (checkpoint or elsewhere):
         _check_has_weights(model)
     overlay: dict[str, Any] = {} if img_size is None else dict(input_size=(3, img_size, img_size))
@@ -389,33 +414,52 @@ def create(
         classifier = cfg.classifier if cfg else None  # a list for distilled models, all of the same width
         head = classifier if isinstance(classifier, str) or classifier is None else classifier[0]
         options["num_classes"] = classes = len(state_dict.get(f"{head}.weight", ()))
-        overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint))
+        overlay |= dict(state_dict=state_dict, num_classes=classes, label_names=class_names(checkpoint) or ())
     try:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             found: Any = timm.create_model(
-                model, bool(tag or checkpoint or pretrained), pretrained_cfg_overlay=overlay, **options
+                model, bool(checkpoint or pretrained), pretrained_cfg_overlay=overlay, **options
             )
     except Exception as error:  # from timm, the Hub, or timm's filters, which raise nearly anything for foreign files
-        lines = str(error).strip().splitlines() or [type(error).__name__]
         if checkpoint:
-            raise ValueError(f"{checkpoint} does not fit {model}: {textwrap.shorten(' '.join(lines), 200)}") from error
+            raise ValueError(
+                f"{checkpoint} does not fit {model}: {textwrap.shorten(str(error) or repr(error), 200)}"
+            ) from error
         at = "" if img_size is None else f" at {img_size} px"
-        raise RuntimeError(f"{model}{at} cannot be created: {lines[0]}") from error
+        raise RuntimeError(f"{model}{at} cannot be created: {in_one_line(error)}") from error
     found.pretrained_cfg.pop("state_dict", None)  # otherwise the model would hold its weights twice
+    if not (checkpoint or pretrained):
+        found.pretrained_cfg["label_names"] = ()
     return found.eval()
 
 
+def describe(model: str, checkpoint: str | Path = "", pretrained: bool = True) -> str:
+    """Returns a name for a model of `create` with its weights: `NAME.tag`, or what they are in parentheses."""
+    if checkpoint:
+        return f"{model} ({Path(checkpoint).name})"
+    return add_default_tag(model) if pretrained else f"{model} (random weights)"
+
+
+def check_family(name: str) -> None:
+    """Checks that a model is of this family.
+
+    Raises:
+        ValueError: It is not.
+    """
+    if name not in (family := timm.list_models(module="container")):
+        raise ValueError(f"no model {name!r} in this family: {suggest(name, family) or '`container list` has them'}")
+
+
 def _check_has_weights(model: str) -> None:
-    architecture, tag = split_model_name_tag(model)
-    cfg = get_pretrained_cfg(architecture)
-    name = model if tag or not cfg else f"{model}.{cfg.tag}"
-    if timm.is_model_pretrained(model) or name in names():
+    if timm.is_model_pretrained(model) or add_default_tag(model) in names():
         return
+    architecture = split_model_name_tag(model)[0]
     known = [name for name in names() if name.startswith(f"{architecture}.")]
     known = known or timm.list_pretrained(f"{architecture}.*") or names()
     raise ValueError(
-        f"{model} has no pre-trained weights: there are {', '.join(known)}; or use your own as --checkpoint"
+        f"{model} has no pre-trained weights: there are {', '.join(known)}; or use your own as --checkpoint, or random "
+        "ones"
     )
 
 
@@ -448,7 +492,7 @@ def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
         if is_released(state_dict):
             # From such a file, timm would load the EMA weights; its authors evaluated these.
             overlay["state_dict"] = state_dict
-        overlay.setdefault("label_names", None)  # the registered names belong to another file
+        overlay.setdefault("label_names", ())  # the registered names belong to another file
     return dict(arguments, pretrained_cfg_overlay=overlay)
 
 

@@ -14,6 +14,7 @@ from server import Server, running
 
 import container  # registers the models
 import container.files
+from container.__main__ import main
 
 ROOT = Path(__file__).parent.parent
 # Data that cannot be committed for its licence or size; beside the checkout unless this variable names another place.
@@ -106,3 +107,18 @@ def randomize(module: torch.nn.Module) -> torch.nn.Module:
             elif name.endswith("running_mean"):
                 b.add_(0.3 * torch.randn_like(b))
     return module
+
+
+@pytest.fixture
+def answer(capsys):
+    """Function that runs the `container` command on a mistake, and returns the line that it answers."""
+
+    def run(*words):
+        with pytest.raises(SystemExit) as stop:
+            main([str(word) for word in words])
+        output = capsys.readouterr()
+        line = stop.value.code if isinstance(stop.value.code, str) else output.err.rstrip("\n")
+        assert line.startswith("container") and "\n" not in line and "Errno" not in line and not output.out
+        return line
+
+    return run

@@ -182,7 +182,7 @@ def test_pictures_from_the_command(photo, tmp_path, capsys):
     ["container_pam", *(pytest.param(n, marks=pytest.mark.slow) for n in ("container_attention", "container_mixer"))],
 )
 def test_pictures_of_other_members(name, photo, tmp_path):
-    assert len(figures.draw(photo, name, tmp_path, img_size=64)) == 4
+    assert len(figures.draw(photo, name, tmp_path, img_size=64, pretrained=False)) == 4
 
 
 @pytest.mark.parametrize("num_classes", [7, pytest.param(0, marks=pytest.mark.slow)])
@@ -197,22 +197,23 @@ def test_pictures_of_a_checkpoint(num_classes, photo, tmp_path):
 @pytest.mark.parametrize(
     ("words", "said"),
     [
-        (["no.jpg", "--model", "container_light_nano"], "No such file"),
+        (["no.jpg"], "argument IMAGE: no file no.jpg"),
         ([__file__, "--model", "container_light_nano"], "it is not an image file"),
         (["PHOTO", "--model", "resnet18"], "no model 'resnet18' in this family"),
         (["PHOTO", "--model", "container_light_nano.no_such"], "no_such"),
         (["PHOTO", "--model", "container_light_nano", "--pixel", 3000, 2], "pixel (3000, 2) is not in the image"),
-        (["PHOTO", "--model", "container_light_nano", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
-        (["PHOTO", "--model", "container_light_nano_32.cifar10", "--checkpoint", "no.pth"], "give one of them"),
+        (
+            ["PHOTO", "--model", "container_light_nano", "--checkpoint", "no.pth"],
+            "argument --checkpoint: no file no.pth",
+        ),
+        (["PHOTO", "--model", "container_light_nano_32.cifar10", "--checkpoint", __file__], "give one of them"),
         (
             ["PHOTO", "--model", "container_light_nano", "--img-size", 2],
             "2 pixels are too few for container_light_nano",
         ),
     ],
 )
-def test_mistakes(words, said, photo, tmp_path):
+def test_mistakes(words, said, photo, tmp_path, answer):
     words = [photo if word == "PHOTO" else word for word in words]
-    with pytest.raises(SystemExit) as stop:
-        main(["figures", *map(str, words), "--out", str(tmp_path / "out")])
-    assert said in str(stop.value) and "\n" not in str(stop.value)
+    assert said in answer("figures", *words, "--out", tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -5,7 +5,7 @@ import threading
 
 import pytest
 
-from container.files import write_atomically
+from container.files import check_new, write_atomically
 
 
 def test_a_file_that_cannot_be_written_is_as_it_was(tmp_path, monkeypatch):
@@ -52,3 +52,11 @@ def test_a_file_has_the_mode_that_the_umask_leaves(tmp_path):
     finally:
         os.umask(before)
     assert (tmp_path / "file").stat().st_mode & 0o777 == 0o640
+
+
+def test_a_link_that_leads_nowhere_exists(tmp_path):
+    """Writing through it would make a file elsewhere."""
+    check_new(tmp_path / "new")
+    (tmp_path / "link").symlink_to(tmp_path / "nowhere")
+    with pytest.raises(FileExistsError, match="link exists: delete it, or choose another name"):
+        check_new(tmp_path / "link")

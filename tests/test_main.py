@@ -15,6 +15,7 @@ from test_weights import FREE, OURS, PACKAGED, RELEASED, STATE
 
 from container import weights, zoo
 from container.__main__ import main
+from container.predict import SAMPLE
 
 
 def run(*arguments, cwd):
@@ -34,27 +35,11 @@ def test_script_runs_with_its_arguments_and_the_models(tmp_path, monkeypatch, ca
     )
     result = run("run", "script.py", "--model", "x", cwd=tmp_path)
     assert result.stdout == "['--model', 'x'] True\n" and result.returncode == 0
-    monkeypatch.setattr(sys, "argv", [])
+    monkeypatch.setattr(sys, "argv", ["container"])
     monkeypatch.setattr(sys, "path", sys.path.copy())
     monkeypatch.setenv("PYTHONPATH", "")
     main([str(tmp_path / "script.py"), "--model", "y"])
     assert capsys.readouterr().out == "['--model', 'y'] True\n"
-
-
-def test_help_of_every_command_that_the_first_screen_names(capsys):
-    main([])
-    screen = capsys.readouterr().out
-    assert screen.startswith("usage: container COMMAND ...")
-    named = [line.split()[1:3] for line in screen.splitlines() if line.startswith("  container ")]
-    commands = [words if words[0] == "weights" else words[:1] for words in named]
-    assert len(commands) == 14
-    for words in commands:
-        if words != ["train"]:  # a program of its own
-            try:
-                main([*words, "--help"])
-            except SystemExit as end:
-                assert not end.code
-            assert capsys.readouterr().out.startswith(f"usage: container {' '.join(words)} ")
 
 
 CHILDREN = """
@@ -167,8 +152,12 @@ def test_training_from_the_command(tmp_path):
         (["run"], "usage: container run SCRIPT | -m MODULE | COMMAND"),
         (["run", "nothing"], "no script and no command nothing"),
         (["run", "-m", "no.such.module"], "no module no.such.module"),
-        (["lsit"], "invalid choice: 'lsit'"),
-        (["weights", "show", "container_light"], "no weights 'container_light': `container weights list` names them"),
+        (["lsit"], "no command 'lsit': did you mean list?"),
+        (["trian"], "did you mean train?"),
+        (["weights", "lst"], "no command 'lst': did you mean list?"),
+        (["no"], "no command 'no': list, predict, figures, explore, export, probe, weights, train, run"),
+        (["weights", "show", "resnet18"], "no weights 'resnet18.a1_in1k': `container weights list` names them"),
+        (["weights", "show", f"{OURS}0"], f"there are {OURS}"),
         (["weights", "verify", RELEASED], "no file of container_light.ai2_in1k in "),
         (["weights", "import", "nothing.pth", "--as", "container.x"], "no checkpoint at nothing.pth"),
         (["weights", "import", "nothing.pth", "--as", "container"], "container is not ARCHITECTURE.TAG"),
@@ -190,6 +179,27 @@ def test_mistakes(arguments, message, tmp_path, monkeypatch, capsys):
     assert message in f"{stop.value} {output.out} {output.err}"
     assert not (tmp_path / "out").exists()
     assert os.environ == before
+
+
+@pytest.mark.parametrize(
+    "words, file",
+    [
+        (["predict", "--out", "out"], "out/sample-affinities.png"),
+        (["figures", SAMPLE, "--out", "out"], "out/gates.png"),
+        (["export", "container_light_nano", "model.onnx", "--format", "onnx"], "model.onnx"),
+        (["probe", ".", "--json", "found.json"], "found.json"),
+        (["weights", "import", PACKAGED, "--as", "container_light_nano_32.mine", "--out", "w.safetensors"],
+         "w.safetensors"),
+        (["weights", "export", "container_light_nano", "out"], "out/README.md"),
+    ],
+)  # fmt: skip
+def test_no_file_is_overwritten(words, file, tmp_path, monkeypatch, answer):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / file).parent.mkdir(exist_ok=True)
+    (tmp_path / file).write_text("mine")
+    line = answer(*words)
+    assert f"{file} exists: delete it, or choose another name" in line or line == "container: out is not empty"
+    assert (tmp_path / file).read_text() == "mine" and len(list((tmp_path / file).parent.iterdir())) == 1
 
 
 def test_list(monkeypatch, capsys):

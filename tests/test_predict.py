@@ -12,7 +12,7 @@ import torch
 from conftest import ROOT
 from PIL import Image
 from safetensors.torch import save_file
-from test_weights import OURS, RELEASED
+from test_weights import OURS, PACKAGED, RELEASED, STATE
 
 from container import weights, zoo
 from container.__main__ import main
@@ -28,7 +28,7 @@ def golden(tmp_path_factory):
     state["head.fc.weight"].zero_()
     state["head.fc.bias"].zero_()[207] = 9.0
     path = tmp_path_factory.mktemp("golden") / "golden.safetensors"
-    save_file(state, path)
+    save_file(state, path, dict(classes=json.dumps(timm.data.ImageNetInfo().label_names())))
     return path
 
 
@@ -117,6 +117,14 @@ def test_names_of_a_file(tmp_path):
     assert (
         class_names(weights.create("container_light_nano_32", tmp_path / "b.safetensors")) == numbers
     )  # not CIFAR-10's
+    save_file(timm.create_model("container_light_nano").state_dict(), tmp_path / "c.safetensors")
+    for model in (  # a thousand classes need not be ImageNet's
+        weights.create("container_light_nano", tmp_path / "c.safetensors"),
+        weights.create("resnet18", pretrained=False),
+        timm.create_model("container_light_nano"),
+        timm.create_model("container_light_nano", True, pretrained_cfg_overlay=dict(file=tmp_path / "c.safetensors")),
+    ):
+        assert class_names(model)[207] == "207"
     other = timm.create_model(OURS, pretrained=True, num_classes=3)  # a new classifier, for other classes
     assert class_names(other) == ["0", "1", "2"]
 
@@ -157,20 +165,49 @@ def test_the_picture(tmp_path, capsys):
         (["--model", "resnet18.mine"], "resnet18.mine has no pre-trained weights: there are resnet18.a1_in1k, "),
         (["--model", RELEASED], f"`container weights fetch {RELEASED}`"),
         (["--model", OURS, "--checkpoint", "GOLDEN"], "give one of them"),
-        (["--model", OURS, "--img-size", "0"], "img_size 0 is not a positive number of pixels"),
+        (["--model", OURS, "--img-size", "0"], "image size 0 is not from 1 to 4,096 pixels"),
         (["--model", "container", "--checkpoint", "GOLDEN"], "does not fit container: "),
-        (["no.jpg", "--model", OURS], "No such file or directory: 'no.jpg'"),
+        (["no.jpg", "--model", OURS], "no file no.jpg"),
         ([__file__, "--model", OURS], f"{__file__} cannot be read as a photo: it is not an image file"),
-        (["a/x.jpg", "b/x.jpg", "--model", OURS, "--out", "out"], "photos of the same name"),
+        ([SAMPLE, SAMPLE, "--model", OURS, "--out", "out"], "photos of the same name"),
+        (["--img-size", "1000000000"], "image size 1000000000 is not from 1 to 4,096 pixels"),
+        (["--model", "container_light_nanoo"], "no model 'container_light_nanoo': did you mean container_light_nano?"),
+        ([".", "--model", OURS], "no images in ."),
     ],
 )
-def test_mistakes(words, said, golden, tmp_path, monkeypatch, capsys):
+def test_mistakes(words, said, golden, tmp_path, monkeypatch, answer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path))
-    with pytest.raises(SystemExit) as stop:
-        main(["predict", *(str(golden) if word == "GOLDEN" else word for word in words)])
-    assert said in str(stop.value) and "\n" not in str(stop.value) and not capsys.readouterr().out
+    assert said in answer("predict", *(golden if word == "GOLDEN" else word for word in words))
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_of_photos(tmp_path, capsys):
+    """At any depth; what lies beside them is counted."""
+    for name in ("b.png", "a/c.jpg"):
+        (tmp_path / name).parent.mkdir(exist_ok=True)
+        Image.open(SAMPLE).save(tmp_path / name)
+    (tmp_path / "list.txt").touch()
+    main(["predict", str(tmp_path)])
+    output = capsys.readouterr()
+    assert [line for line in output.out.splitlines() if line.startswith(str(tmp_path))] == [
+        str(tmp_path / "a/c.jpg"),
+        str(tmp_path / "b.png"),
+    ]
+    assert output.err == f"1 files with other suffixes (.txt) in {tmp_path} are not used\n"
+
+
+def test_a_name_without_a_tag_means_its_default_weights(tmp_path, monkeypatch, capsys):
+    """In every command, and random weights only if they are asked for."""
+    name = "container_light_nano_32"
+    model = weights.create(name)
+    assert torch.equal(model.norm.weight, STATE["norm.weight"])
+    assert not torch.equal(weights.create(name, pretrained=False).head.fc.weight, model.head.fc.weight)
+    for words in (["weights", "show"], ["weights", "verify"]):
+        main([*words, name])
+        assert str(PACKAGED) in capsys.readouterr().out
+    main(["weights", "export", name, str(tmp_path / "out")])
+    assert (tmp_path / "out/README.md").read_text().count(OURS)
 
 
 def test_models_that_cannot_answer():

@@ -83,7 +83,7 @@ def test_models_in_training_mode_or_broken_are_not_probed(folder, monkeypatch):
 def test_unreadable_images_are_told_and_do_not_count(folder, capsys):
     (folder / "train" / "bright" / "3.jpg").write_bytes(b"no image")
     (folder / "val" / "dark" / "1.jpg").write_bytes(b"no image")
-    found = probe.probe(folder, "test_resnet", img_size=32, workers=0)
+    found = probe.probe(folder, "test_resnet", img_size=32, workers=0, pretrained=False)
     assert (found["train_images"], found["val_images"]) == (47, 11)
     told = capsys.readouterr().err
     for name in ("bright/3.jpg", "dark/1.jpg"):
@@ -236,7 +236,18 @@ def test_a_checkpoint_at_another_size(folder, tmp_path):
 def test_a_process(folder, tmp_path):
     """Random weights are called so."""
     result = subprocess.run(
-        [sys.executable, "-m", "container", "probe", folder, "--model", "container_light_nano_32", "--workers", "0"],
+        [
+            sys.executable,
+            "-m",
+            "container",
+            "probe",
+            folder,
+            "--model",
+            "container_light_nano_32",
+            "--workers",
+            "0",
+            "--random-weights",
+        ],
         cwd=tmp_path,
         env={**os.environ, "PYTHONPATH": str(ROOT)},
         capture_output=True,
@@ -253,36 +264,34 @@ def test_a_process(folder, tmp_path):
         (["nowhere", "--model", TRAINED], "no folder nowhere"),
         (["DATA/train", "--model", TRAINED], "no folder train (or .tar) in "),
         (["DATA", "--model", "resnet1"], "no model 'resnet1'"),
-        (["DATA", "--model", "test_resnet.mine"], "Invalid pretrained tag (mine)"),
+        (
+            ["DATA", "--model", "test_resnet.mine"],
+            "test_resnet.mine has no pre-trained weights: there are test_resnet.r160_in1k",
+        ),
         (["DATA", "--model", "test_resnet.r160_in1k"], "test_resnet.r160_in1k cannot be created: "),
-        (["DATA", "--model", "test_resnet", "--checkpoint", "no.pth"], "no checkpoint at no.pth"),
+        (["DATA", "--model", "test_resnet", "--checkpoint", "no.pth"], "argument --checkpoint: no file no.pth"),
         (["DATA", "--model", TRAINED, "--checkpoint", "other.pth"], "give one of them"),
         (["DATA", "--model", "test_resnet", "--checkpoint", "other.pth"], "other.pth does not fit test_resnet: "),
         (["DATA", "--model", "container_nano", "--checkpoint", "other.pth"], "does not fit container_nano: "),
         (
-            ["DATA", "--model", "test_vit", "--img-size", "33"],
+            ["DATA", "--model", "test_vit", "--img-size", "33", "--random-weights"],
             "VisionTransformer does not take these images: Input height (33)",
         ),
-        (["DATA", "--model", TRAINED, "--img-size", "0"], "img_size 0 is not a positive number of pixels"),
+        (["DATA", "--model", TRAINED, "--img-size", "0"], "image size 0 is not from 1 to 4,096 pixels"),
         (["DATA", "--model", TRAINED, "--json", "nowhere/x.json"], "no folder for nowhere/x.json"),
     ],
 )
-def test_mistakes(words, said, folder, tmp_path, monkeypatch):
+def test_mistakes(words, said, folder, tmp_path, monkeypatch, answer):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(huggingface_hub.constants, "HF_HUB_OFFLINE", True)
     monkeypatch.setenv("HF_HUB_CACHE", str(tmp_path))
     torch.save(timm.create_model("test_efficientnet").state_dict(), "other.pth")
-    with pytest.raises(SystemExit) as stop:
-        main(["probe", *(word.replace("DATA", str(folder)) for word in words), "--workers", "0"])
-    assert str(stop.value).startswith("container: ") and said in str(stop.value) and "\n" not in str(stop.value)
+    assert said in answer("probe", *(word.replace("DATA", str(folder)) for word in words), "--workers", "0")
 
 
-def test_data_that_cannot_be_probed(tmp_path):
+def test_data_that_cannot_be_probed(tmp_path, answer):
     def stopped(*words):
-        with pytest.raises(SystemExit) as stop:
-            main(["probe", *map(str, words), "--model", TRAINED])
-        assert "\n" not in str(stop.value)
-        return str(stop.value)
+        return answer("probe", *words, "--model", TRAINED)
 
     noise(tmp_path / "one", dict(a=dict(train=2, val=2)))
     assert stopped(tmp_path / "one").endswith("one has one class: there is nothing to tell apart")
@@ -304,7 +313,7 @@ def test_without_scikit_learn(folder, monkeypatch):
 def test_seeds(folder):
     """Random weights are those of the seed, and no generator of the caller's is moved."""
     before = torch.get_rng_state()
-    first, again, other = (weights.create("test_resnet", seed=seed).fc.weight for seed in (1, 1, 2))
+    first, again, other = (weights.create("test_resnet", pretrained=False, seed=seed).fc.weight for seed in (1, 1, 2))
     assert torch.equal(first, again) and not torch.equal(first, other)
     assert torch.equal(torch.get_rng_state(), before)
     x = torch.randn(3, 8)
