@@ -63,6 +63,8 @@ def main() -> None:
         SystemExit: With a line that says what is wrong, or with the script's own exit status.
     """
     parse_args(sys.argv[1:])  # help and mistakes end here
+    if "OMP_WAIT_POLICY" not in os.environ:  # as in train_imagenet.py
+        os.environ.setdefault("GOMP_SPINCOUNT", "3000")
     importlib.import_module("container.__main__").main()
 
 

@@ -60,3 +60,23 @@ def test_help_of_every_command_that_the_first_screen_names(capsys):
 
 def test_what_is_said_before_the_package_is_imported_is_what_it_does():
     assert container_cli.FORMATS == deploy.FORMATS and explore.MODELS[0] == container_cli.DEFAULT_MODEL
+
+
+@pytest.mark.parametrize("program", ["import train_imagenet", "import container_cli; container_cli.main()"])
+@pytest.mark.parametrize(
+    "own, spins", [({}, "3000"), ({"GOMP_SPINCOUNT": "7"}, "7"), ({"OMP_WAIT_POLICY": "active"}, None)]
+)
+def test_idle_threads_wait_briefly_unless_the_user_says_how(program, own, spins):
+    """Known before torch is imported, which reads it once."""
+    code = f"""
+import os, sys
+sys.modules |= dict.fromkeys(["container", "timm", "torch"])  # an import of one of them raises
+sys.argv[1:] = ["list"]
+try:
+    {program}
+except ImportError:
+    print(os.environ.get("GOMP_SPINCOUNT"))
+"""
+    environment = {"PYTHONPATH": str(ROOT), **own}
+    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True)
+    assert done.stdout == f"{spins}\n", done.stderr
