@@ -202,7 +202,7 @@ def _create_parsers() -> tuple[_Parser, Collection[str], Collection[str]]:
     export.add_argument(
         "--int8", action="store_true", help="quantize to 8 bits with --calibrate; for onnx and openvino"
     )
-    export.add_argument("--calibrate", metavar="DIR", help="photos to calibrate int8 on; 300 are used")
+    export.add_argument("--calibrate", metavar="DIR", help="100 photos or more: half calibrate int8, half judge it")
     export.add_argument("--evaluate", metavar="DIR", help="print the accuracy on DIR/val/CLASS/* or DIR/CLASS/*")
     export.add_argument("--features-only", action="store_true", help="output the four feature maps instead of logits")
 

@@ -159,19 +159,26 @@ def _deploy(args: argparse.Namespace) -> None:
     check_new(args.out)
     model = weights.create(args.model, args.checkpoint, args.img_size, features_only=args.features_only)
     found = deploy.export(model, args.out, args.format, batch, args.dynamic_size, args.calibrate, args.evaluate)
-    one = f"{found.milliseconds:.1f} ms for one image, " if found.milliseconds else ""
     if found.agreement is None:
-        compared = f"largest difference from {args.model}: {found.difference:.1e} of the largest output"
+        compared = f"largest difference from {args.model}: " + ", ".join(
+            f"{difference:.1e} of the largest output in {precision}"
+            for precision, difference in found.differences.items()
+        )
     else:
-        compared = f"in int8 {found.agreement:.1%} of the photos in {args.calibrate} keep the class of {args.model}"
+        compared = (
+            f"in int8 {found.agreement:.1%} of {found.photos} photos in {args.calibrate} that it was not calibrated on "
+            f"keep the class of {args.model}"
+        )
         compared += f"\nleft in float: {', '.join(found.in_float)}" if found.in_float else ""
     if found.accuracy:
         before, after, count = found.accuracy
         compared += f"\n{after:.2f} % of {count:,} photos in {args.evaluate} right, and {before:.2f} % by {args.model}"
+    one = f"{found.speed.milliseconds:.1f} ms for one image, " if found.speed.milliseconds else ""
     print(
         f"{', '.join(map(str, found.files))}: {found.bytes / 1e6:.1f} MB, loaded in {found.load_seconds:.2f} s\n"
         f"{compared}\n"
-        f"{one}{found.images_per_second:.1f} images/s in batches of {found.batch}, by {torch.get_num_threads()} threads"
+        f"{one}{found.speed.images_per_second:.1f} images/s in batches of {found.speed.batch}, "
+        f"by {torch.get_num_threads()} threads"
     )
 
 

@@ -15,38 +15,75 @@ from torch import Tensor, nn
 
 from .images import open_photo
 from .predict import label_names
+from .probe import wilson
+from .runtimes import Run, Runtime
 from .training.data import Images, Photos, check_classes, open_validation
 from .training.loader import create_val_loader, default_workers
 from .training.run import tell_unreadable
 
-__all__ = ["accuracy", "agreement", "calibration", "labelled", "quantize", "to_int8"]
+__all__ = ["accuracy", "agreement", "calibration", "labelled", "quantize", "to_int8", "verify"]
 
-PHOTOS = 300  # maximum number of calibration photos, from which activation ranges are measured
+PHOTOS = 300  # maximum number of calibration photos, from which activation ranges are measured, and of held-out ones
+HELD_OUT = 50  # minimum number of held-out photos, which judge the file
 LEAST = 0.95  # minimum share of photos for which the file must predict the model's class
 _RANKED = 100  # number of photos on which the accuracy loss is judged, in total and per layer
 _PRODUCTS = {"Conv", "Gemm", "MatMul"}  # operators that are fast in int8 and tolerate it; sums and norms do not
 _SHAPES = {"Cast", "Flatten", "Identity", "Reshape", "Squeeze", "Transpose", "Unsqueeze"}
 
-Run = Callable[[Tensor], list[Tensor]]
 
+def calibration(model: nn.Module, folder: str | Path) -> tuple[Tensor, Tensor]:
+    """Loads photos of a folder as a model's input: some to calibrate on, and others to judge the file by.
 
-def calibration(model: nn.Module, folder: str | Path) -> Tensor:
-    """Loads up to 300 photos, evenly spaced over a folder, as a model's input (photos, channels, height, width).
+    Up to 600 photos, evenly spaced over the folder, go to the two in turn.
 
     Args:
         model: A timm model.
         folder: Folder with photos at any depth.
 
+    Returns:
+        Two tensors (photos, channels, height, width).
+
     Raises:
         OSError: The folder is missing or unreadable.
-        ValueError: The folder has no photos, or one of its files is not a photo.
+        ValueError: The folder has fewer than 100 photos, or one of its files is not a photo.
     """
     if not Path(folder).is_dir():
         raise FileNotFoundError(f"no folder {folder}")
     photos = Photos([Path(folder)])
+    if len(photos) < 2 * HELD_OUT:
+        raise ValueError(
+            f"{folder} has {len(photos)} photos, and int8 needs {2 * HELD_OUT}: half to calibrate on, half to judge by"
+        )
     transform = create_transform(**resolve_model_data_config(model))
-    chosen = np.linspace(0, len(photos) - 1, min(PHOTOS, len(photos))).astype(int)
-    return torch.stack([transform(open_photo(photos.filename(i, absolute=True))) for i in chosen])
+    chosen = np.linspace(0, len(photos) - 1, min(2 * PHOTOS, len(photos))).astype(int)
+    every = torch.stack([transform(open_photo(photos.filename(i, absolute=True))) for i in chosen])
+    return every[::2], every[1::2]
+
+
+def verify(model: nn.Module, runtime: Runtime, path: Path, photos: Tensor, batch: int) -> float:
+    """Returns the share of photos for which an int8 file predicts the model's class.
+
+    It is the smaller one of two, if the runtime's default precision for the layers in float is not float32.
+
+    Args:
+        model: A timm model in evaluation mode.
+        runtime: The file's runtime.
+        path: The file.
+        photos: Photos that the file was not calibrated on, (photos, channels, height, width).
+        batch: Batch size of the file.
+
+    Raises:
+        ValueError: The share is below 95 %, beyond chance: so is the upper end of its 95 % interval.
+    """
+    named = torch.cat([model(some).argmax(1) for some in photos.split(batch)])
+    share = min(agreement(run, photos, named, batch) for run in (runtime.load(path), runtime.load_default(path)[0]))
+    low, high = wilson(round(share * len(photos)), len(photos))
+    if high < LEAST:
+        raise ValueError(
+            f"in int8 {share:.1%} of {len(photos)} other photos keep their class (95 % interval "
+            f"{low:.1%} to {high:.1%}), and {LEAST:.0%} must"
+        )
+    return share
 
 
 def agreement(run: Run, photos: Tensor, named: Tensor, batch: int) -> float:

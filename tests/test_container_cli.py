@@ -8,7 +8,8 @@ import pytest
 from conftest import ROOT
 
 import container_cli
-from container import deploy, explore
+from container import explore
+from container.runtimes import RUNTIMES
 
 
 @pytest.mark.parametrize(
@@ -59,7 +60,8 @@ def test_help_of_every_command_that_the_first_screen_names(capsys):
 
 
 def test_what_is_said_before_the_package_is_imported_is_what_it_does():
-    assert container_cli.FORMATS == deploy.FORMATS and explore.MODELS[0] == container_cli.DEFAULT_MODEL
+    assert {name: runtime.suffix for name, runtime in RUNTIMES.items()} == container_cli.FORMATS
+    assert explore.MODELS[0] == container_cli.DEFAULT_MODEL
 
 
 @pytest.mark.parametrize("program", ["import train_imagenet", "import container_cli; container_cli.main()"])

@@ -19,6 +19,7 @@ from torch import nn
 from container import deploy, weights
 from container.__main__ import main
 from container.predict import SAMPLE, class_names, predict
+from container.runtimes import RUNTIMES, OpenVino, TorchScript
 
 # torch says of TorchScript that it is deprecated; deployments that have it are why the format is there.
 pytestmark = pytest.mark.filterwarnings("ignore:.torch.jit:FutureWarning", "ignore:.torch.jit:DeprecationWarning")
@@ -70,17 +71,20 @@ no_executorch = pytest.mark.skipif(
     importlib.util.find_spec("executorch") is None, reason='pip install "container-timm[executorch]"'
 )
 MARKS = dict(openvino=pytest.mark.slow, pt2=pytest.mark.slow, executorch=(no_executorch, pytest.mark.slow))
-FORMATS = [pytest.param(format, marks=MARKS.get(format, ())) for format in deploy.FORMATS]
+FORMATS = [pytest.param(format, marks=MARKS.get(format, ())) for format in RUNTIMES]
 
 
 @pytest.mark.parametrize("format", FORMATS)
 @torch.no_grad()
 def test_a_file_gives_the_answers_and_says_how_photos_are_prepared(model, format, tmp_path):
     """At batches and sizes that it was not made with, where the format has such, by the runtime alone."""
-    path, fixed = tmp_path / f"model{deploy.FORMATS[format]}", format == "executorch"
+    path, fixed = tmp_path / f"model{RUNTIMES[format].suffix}", format == "executorch"
     found = deploy.export(model, path, format, batch=2 if fixed else None, dynamic_size=not fixed)
     assert found.files[-1] == path and sorted(tmp_path.iterdir()) == found.files
-    assert found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir()) and 0 < found.difference < 1e-5
+    assert (
+        found.bytes == sum(file.stat().st_size for file in tmp_path.iterdir())
+        and 0 < found.differences["float32"] < 1e-5
+    )
     for shape in ((2, 3, 32, 32),) if fixed else ((1, 3, 32, 32), (5, 3, 41, 64)):
         (y,) = answers(path, images(*shape))
         torch.testing.assert_close(y, model(images(*shape)), rtol=1e-4, atol=1e-4)
@@ -116,9 +120,11 @@ def test_maps_in_place_of_logits(tmp_path):
 )
 @pytest.mark.parametrize("name", ["container_nano", pytest.param("container_mixer", marks=pytest.mark.slow)])
 def test_other_members(name, format, tmp_path):
-    file = tmp_path / f"m{deploy.FORMATS[format]}"
-    found = deploy.export(weights.create(name, img_size=64), file, format, batch=1 if format == "executorch" else None)
-    assert found.difference < 1e-5
+    file = tmp_path / f"m{RUNTIMES[format].suffix}"
+    found = deploy.export(
+        weights.create(name, img_size=64, pretrained=False), file, format, batch=1 if format == "executorch" else None
+    )
+    assert found.differences["float32"] < 1e-5
 
 
 class Fickle(nn.Module):
@@ -137,7 +143,7 @@ class Fickle(nn.Module):
 def test_a_file_with_other_answers_is_refused_and_not_left(tmp_path):
     with pytest.raises(
         ValueError,
-        match=r"torchscript gives other outputs: they differ by 1\.0e-02 of the largest, and 0.001 is allowed",
+        match=r"torchscript gives other outputs in float32: they differ by 1\.0e-02 of the largest, and 0.001 is ",
     ):
         deploy.export(Fickle().eval(), tmp_path / "m.pt", "torchscript")
     assert not list(tmp_path.iterdir())
@@ -147,10 +153,10 @@ def test_a_file_with_other_answers_is_refused_and_not_left(tmp_path):
 @pytest.mark.parametrize("images", [2, 3])
 def test_a_nan_in_any_output_of_any_shape_is_a_difference(tmp_path, monkeypatch, output, images):
     """A file whose runtime gives NaN there is not kept."""
-    run = deploy._RUNNERS["torchscript"]
+    load = TorchScript.load
 
-    def load(path):
-        right = run(path)
+    def load_wrong(self, path):
+        right = load(self, path)
 
         def wrong(x):
             maps = right(x)
@@ -160,11 +166,32 @@ def test_a_nan_in_any_output_of_any_shape_is_a_difference(tmp_path, monkeypatch,
 
         return wrong
 
-    monkeypatch.setitem(deploy._RUNNERS, "torchscript", load)
+    monkeypatch.setattr(TorchScript, "load", load_wrong)
     maps = timm.create_model("container_light_nano_32", features_only=True).eval()
-    with pytest.raises(ValueError, match="torchscript gives other outputs: they differ by nan of the largest"):
+    with pytest.raises(
+        ValueError, match="torchscript gives other outputs in float32: they differ by nan of the largest"
+    ):
         deploy.export(maps, tmp_path / "m.pt", "torchscript")
     assert not list(tmp_path.iterdir())
+
+
+def test_the_precision_that_a_runtime_takes_by_default_is_compared_too(model, tmp_path, monkeypatch, capsys):
+    """OpenVINO takes bfloat16 where the CPU has it, and float32 elsewhere."""
+    main(["export", OURS, str(tmp_path / "m.xml"), "--format", "openvino"])
+    _, precision = OpenVino().load_default(tmp_path / "m.xml")
+    assert f" of the largest output in {precision}\n" in capsys.readouterr().out
+    monkeypatch.setattr(
+        OpenVino, "load_default", lambda self, path: (lambda x: [y * 1.06 for y in self.load(path)(x)], "bfloat16")
+    )
+    with pytest.raises(ValueError, match=r"in bfloat16: they differ by 6\.0e-02 of the largest, and 0.05 is allowed"):
+        deploy.export(model, tmp_path / "other.xml", "openvino")
+    assert not list(tmp_path.glob("other*"))
+
+
+def test_the_generator_of_the_caller_is_not_moved(model, tmp_path):
+    before = torch.get_rng_state()
+    deploy.export(model, tmp_path / "m.pt", "torchscript", batch=1)
+    assert torch.equal(torch.get_rng_state(), before)
 
 
 def test_feature_maps_have_no_classes_to_evaluate(tmp_path):
@@ -178,7 +205,7 @@ def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, cap
     monkeypatch.chdir(tmp_path)
     ((expected),) = predict([SAMPLE], model)
     for format in ("onnx", "openvino"):
-        file = f"model{deploy.FORMATS[format]}"
+        file = f"model{RUNTIMES[format].suffix}"
         main(["export", OURS, file, "--format", format, "--batch", "1"])
         printed = capsys.readouterr().out
         assert (
@@ -229,7 +256,7 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):
 
 
 def test_a_model_that_is_tied_to_its_size_or_training_is_refused(tmp_path):
-    mixer = weights.create("container_mixer", img_size=64)
+    mixer = weights.create("container_mixer", img_size=64, pretrained=False)
     with pytest.raises(ValueError, match="container_mixer is tied to images of 64 x 64 pixels"):
         deploy.export(mixer, tmp_path / "m.pt", "torchscript", None, True)
     mixer.pretrained_cfg["input_size"] = (3, 96, 96)

@@ -7,7 +7,7 @@ import sys
 from conftest import ROOT
 
 # From the lowest up; a module may import those before it.
-ROOMS = ["errors", "files", "images", "affinity", "aggregation", "container", "weights", "fuse"]
+ROOMS = ["errors", "files", "images", "affinity", "aggregation", "container", "weights", "fuse", "runtimes"]
 ROOMS += ["detection", "yolo", "figures", "zoo", "predict", "explore"]
 TRAINING = [
     "seeding",

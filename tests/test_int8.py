@@ -17,6 +17,7 @@ from torch import nn
 from container import deploy, int8
 from container.__main__ import main
 from container.predict import SAMPLE
+from container.runtimes import RUNTIMES
 
 NANO = "container_light_nano"
 CAT, DOG = "n02123045", "n02099601"
@@ -27,7 +28,7 @@ def photos(tmp_path_factory):
     """A folder of the sample photo's parts, of a cat, half of them under another class."""
     root = tmp_path_factory.mktemp("photos")
     with Image.open(SAMPLE) as sample:
-        for i in range(24):
+        for i in range(120):
             folder = root / (CAT if i % 2 else DOG)
             folder.mkdir(exist_ok=True)
             x, y = 17 * i % 90, 29 * i % 70
@@ -52,18 +53,20 @@ def test_a_file_names_the_same_classes_and_says_how_many(format, photos, tmp_pat
     x, folders = read(model, photos)
     index = {CAT: timm.data.ImageNetInfo().label_names().index(CAT), DOG: timm.data.ImageNetInfo().index_to_label_name}
     index[DOG] = timm.data.ImageNetInfo().label_names().index(DOG)
-    file = f"m{deploy.FORMATS[format]}"
-    words = ["export", NANO, file, "--format", format]
-    main([*words, "--int8", "--calibrate", str(photos), "--evaluate", str(photos)])
+    file = f"m{RUNTIMES[format].suffix}"
+    main(["export", NANO, file, "--format", format, "--int8", "--calibrate", str(photos), "--evaluate", str(photos)])
     printed = capsys.readouterr().out
     (found,) = answers(tmp_path / file, x)
     named, wanted = found.argmax(1), model(x).argmax(1)
-    share = (named == wanted).double().mean()
-    assert share >= 0.95 and f"in int8 {share:.1%} of the photos in {photos} keep the class of {NANO}" in printed
+    share = (named == wanted)[1::2].double().mean()  # the photos that it was not calibrated on
+    shares = [
+        float(n) for n in re.findall(r"in int8 ([\d.]+)% of 60 photos in .* that it was not calibrated on", printed)
+    ]
+    assert len(shares) == 1 and shares[0] >= 86 and shares[0] <= 100 * share + 0.06  # bfloat16 may agree with fewer
     assert 1e-4 < (found - model(x)).norm() / model(x).norm() < 0.2
     truth = torch.tensor([index[name] for name in folders])
     right = [100 * (y == truth).double().mean() for y in (named, wanted)]
-    assert f"{right[0]:.2f} % of 24 photos in {photos} right, and {right[1]:.2f} % by {NANO}" in printed
+    assert f"{right[0]:.2f} % of 120 photos in {photos} right, and {right[1]:.2f} % by {NANO}" in printed
     assert right[1] > 0
     if format == "onnx":
         graph = onnx.load(file).graph
@@ -74,7 +77,7 @@ def test_a_file_names_the_same_classes_and_says_how_many(format, photos, tmp_pat
     assert quantized > 50
     said = told(tmp_path / file)
     assert said["precision"] == "f32" and said["input_size"] == [3, 128, 128] and len(said["classes"]) == 1000
-    main(words)
+    main(["export", NANO, f"float{file}", "--format", format])
     size = partial(re.search, rf"{file}: ([\d.]+) MB")
     assert float(size(printed)[1]) < 0.6 * float(size(capsys.readouterr().out)[1])
 
@@ -104,10 +107,10 @@ class Uneven(nn.Module):
 @pytest.fixture(scope="module")
 def colours(tmp_path_factory):
     root = tmp_path_factory.mktemp("colours")
-    for i in range(30):
+    for i in range(120):
         colour = ["red", "green", "blue"][i % 3]
         (root / colour).mkdir(exist_ok=True)
-        pixel = [100 + i] * 3
+        pixel = [100 + i // 4] * 3
         pixel[i % 3] += 60
         Image.new("RGB", (32, 32), tuple(pixel)).save(root / colour / f"{i}.png")
     return root
@@ -120,14 +123,14 @@ def test_layers_that_lose_too_much_are_named_and_left_in_float(colours, tmp_path
     assert found.in_float == ["hurt"] and found.agreement >= 0.95
     x, _ = read(model, colours)
     (y,) = answers(tmp_path / "m.onnx", x)
-    assert (y.argmax(1) == model(x).argmax(1)).double().mean() == found.agreement
+    assert (y.argmax(1) == model(x).argmax(1))[1::2].double().mean() == found.agreement and found.photos == 60
     before, after, count = found.accuracy
-    assert count == 30 and before > 90 and after > 90
+    assert count == 120 and before > 90 and after > 90
 
 
 def test_a_file_that_names_others_is_refused_and_not_left(colours, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "quantize", lambda path, *rest: onnx.save(worse(onnx.load(path)), path) or [])
-    with pytest.raises(ValueError, match=r"in int8 33\.3% of the photos in .* keep their class, and 95 % must"):
+    with pytest.raises(ValueError, match=r"in int8 40\.0% of 60 other photos keep their class .*, and 95% must"):
         deploy.export(Uneven().eval(), tmp_path / "m.onnx", "onnx", calibrate=colours)
     assert not list(tmp_path.iterdir())
 
@@ -148,7 +151,7 @@ def test_files_of_one_batch_see_all_photos(batch, colours, tmp_path):
     found = deploy.export(model, tmp_path / "m.onnx", "onnx", batch, calibrate=colours, evaluate=colours)
     session = onnxruntime.InferenceSession(tmp_path / "m.onnx")
     assert session.get_inputs()[0].shape == [batch, 3, 32, 32]
-    assert found.accuracy[2] == 30 and found.in_float == [] and found.agreement > 0.95
+    assert found.accuracy[2] == 120 and found.in_float == [] and found.agreement > 0.95
 
 
 @pytest.mark.parametrize(
@@ -175,6 +178,16 @@ def test_a_mistake_is_one_line(words, message, tmp_path, monkeypatch):
     with pytest.raises(SystemExit) as stop:
         main(["export", NANO, *words])
     assert str(stop.value) == f"container: {message}" and not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize("count", [1, 99])
+def test_too_few_photos_to_judge_by_are_refused(count, tmp_path):
+    """One grey photo keeps its class whatever int8 does."""
+    for i in range(count):
+        Image.new("L", (32, 32), 128).save(tmp_path / f"{i}.png")
+    with pytest.raises(ValueError, match=f" has {count} photos, and int8 needs 100: half to calibrate on, half to jud"):
+        deploy.export(Uneven().eval(), tmp_path / "m.onnx", "onnx", calibrate=tmp_path)
+    assert not (tmp_path / "m.onnx").exists()
 
 
 def test_photos_of_other_classes_are_refused(colours, tmp_path):
