@@ -27,8 +27,13 @@ __all__ = ["ContainerBackbone", "ContextAggregation", "config", "register"]
 class _Row(nn.Module):
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)
-        if "ultralytics.nn.tasks" in sys.modules:  # otherwise the layer is loaded or copied without Ultralytics
+        if "ultralytics.nn.tasks" in sys.modules:  # otherwise the layer is loaded without Ultralytics
             register()
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> "_Row":
+        memo[id(self)] = row = object.__new__(type(self))
+        vars(row).update(copy.deepcopy(vars(self), memo))  # without `__setstate__`, which is for layers that are loaded
+        return row
 
 
 class ContextAggregation(_Row):

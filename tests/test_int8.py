@@ -130,7 +130,7 @@ def test_layers_that_lose_too_much_are_named_and_left_in_float(colours, tmp_path
 
 def test_a_file_that_names_others_is_refused_and_not_left(colours, tmp_path, monkeypatch):
     monkeypatch.setattr(int8, "quantize", lambda path, *rest: onnx.save(worse(onnx.load(path)), path) or [])
-    with pytest.raises(ValueError, match=r"in int8 40\.0% of 60 other photos keep their class .*, and 95% must"):
+    with pytest.raises(ValueError, match=r"in int8 \d\d\.\d% of 60 other photos keep their class .*, and 95% must"):
         deploy.export(Uneven().eval(), tmp_path / "m.onnx", "onnx", calibrate=colours)
     assert not list(tmp_path.iterdir())
 

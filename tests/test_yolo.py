@@ -3,6 +3,7 @@
 import copy
 import os
 import pickle
+import pickle
 import subprocess
 import sys
 from pathlib import Path
@@ -57,6 +58,20 @@ def test_layer_trains_with_a_batch_of_one_position():
             ContextAggregation(4, reduction)
     with pytest.raises(ValueError, match="rank 0 is not at least 1"):
         ContextAggregation(4, rank=0)
+
+
+def test_copies_of_layers_register_nothing(monkeypatch):
+    """A layer that is loaded from a file does, as Ultralytics cannot read its name otherwise."""
+    called = []
+    monkeypatch.setitem(sys.modules, "ultralytics.nn.tasks", object())
+    monkeypatch.setattr(yolo, "register", lambda: called.append(1))
+    layer = ContextAggregation(4)
+    twin = copy.deepcopy(torch.nn.Sequential(layer, layer))
+    assert not called and twin[0] is twin[1] is not layer
+    torch.testing.assert_close(twin[0].state_dict(), layer.state_dict())
+    assert twin[0].v.weight.data_ptr() != layer.v.weight.data_ptr()
+    pickle.loads(pickle.dumps(layer))
+    assert called
 
 
 @pytest.mark.slow

@@ -127,6 +127,15 @@ class Checkpoints:
         if writing is not None:
             writing.result()
 
+    def close(self) -> None:
+        """Waits as `finish` does, and ends the background thread.
+
+        Raises:
+            OSError: The checkpoint could not be written.
+        """
+        self._thread.shutdown()
+        self.finish()
+
     def load(self) -> dict[str, Any] | None:
         """Loads the newest intact checkpoint to the CPU.
 

@@ -564,7 +564,7 @@ class Run:
     def close(self) -> None:
         """Ends what would outlive the run: the checkpoint thread, data loader workers, logs, and the folder's lock."""
         with suppress(OSError):  # it was already raised where it could be reported
-            self.checkpoints.finish()
+            self.checkpoints.close()
         end_workers(self.loader, self.val_loader)
         if self.report is not None:
             self.report.close()

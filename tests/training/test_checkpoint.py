@@ -44,6 +44,9 @@ def test_a_thread_writes_what_was_then(tmp_path, monkeypatch):
     with pytest.raises(FileNotFoundError):
         lost.begin(2, {})
     lost.finish()
+    for pool in (checkpoints, lost):
+        pool.close()
+    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
