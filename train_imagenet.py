@@ -238,6 +238,13 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
     augment = parser.add_argument_group("augmentation")
     augment.add_argument("--scale", type=PART, nargs=2, help="smallest and largest area of a random crop")
     augment.add_argument(
+        "--ratio",
+        type=number(float, "(0, inf)"),
+        nargs=2,
+        default=[3 / 4, 4 / 3],
+        help="smallest and largest width of a random crop, as a multiple of its height; default: 3/4 to 4/3",
+    )
+    augment.add_argument(
         "--train-interpolation", choices=("bilinear", "bicubic", "random"), help="of random crops; default: the model's"
     )
     augment.add_argument("--hflip", type=SHARE, help="probability of a horizontal flip")
@@ -280,8 +287,9 @@ def parse_args(argv: Sequence[str] | None = None) -> argparse.Namespace:
         parser.error("--mixup, --cutmix and --reprob change the views that --view-epochs repeats")
     if given.amp is None and args.device == "cpu":
         args.amp = "none"  # recipes mean GPUs: on a CPU float16 takes 9 times as long as float32
-    if args.scale[0] > args.scale[1]:
-        parser.error(f"--scale {args.scale[0]} {args.scale[1]} has the largest area first")
+    for name, (least, most) in (("scale", args.scale), ("ratio", args.ratio)):
+        if least > most:
+            parser.error(f"--{name} {least} {most} has the largest first")
     args.clip_grad = args.clip_grad or None
     args.sched_late = args.sched_late and not args.sched_on_updates  # only whole epochs can be late
     if (args.mixup or args.cutmix) and args.batch_size % 2:

@@ -8,6 +8,9 @@ __all__ = ["in_one_line", "suggest"]
 
 def in_one_line(error: BaseException) -> str:
     """Returns the line of an error that says what is wrong."""
+    reason = getattr(error, "reason", None)  # of urllib's errors
+    if isinstance(reason, OSError):
+        error = reason
     if isinstance(error, OSError) and error.strerror:
         return f"{error.strerror}: {error.filename!r}" if error.filename else error.strerror
     if isinstance(error, MemoryError):

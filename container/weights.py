@@ -9,18 +9,23 @@ import hashlib
 import json
 import logging
 import os
+import pickletools
 import re
-import sys
 import textwrap
+import time
 import unicodedata
 import warnings
 import zipfile
+from collections.abc import Iterator
 from contextlib import suppress
 from functools import cache
 from pathlib import Path
 from typing import Any
 from urllib.error import HTTPError
+from urllib.parse import urlsplit
+from urllib.request import urlopen
 
+import safetensors.torch
 import timm
 import torch
 from filelock import FileLock
@@ -35,10 +40,12 @@ from timm.models import (
     split_model_name_tag,
 )
 from torch import Tensor
+from tqdm import tqdm
 
 from . import container as model_file
 from .container import checkpoint_filter_fn, is_released
 from .errors import in_one_line, suggest
+from .files import read_text
 from .images import MAX_SIDE
 
 __all__ = [
@@ -51,6 +58,7 @@ __all__ = [
     "describe",
     "find",
     "fit",
+    "load",
     "manifest",
     "names",
     "obtain",
@@ -58,12 +66,15 @@ __all__ = [
     "read",
     "record",
     "register_own",
-    "sha256_of",
     "weights_dir",
 ]
 
 _logger = logging.getLogger(__name__)
 _PACKAGE = Path(__file__).parent
+_MAX_HEADER = 1 << 22  # bytes of a safetensors header, and of what a torch file's objects may take beside its size
+_TENSOR = 1000  # bytes that a tensor object takes, about
+_INPUT = ("input_size", "pool_size", "fixed_input_size", "interpolation", "mean", "std", "crop_pct")  # of a record
+_SILENCE = 60  # seconds without a byte, after which a download ends
 
 
 class UnknownWeightsError(KeyError):
@@ -114,14 +125,45 @@ def record(name: str) -> dict[str, Any]:
             raise UnknownWeightsError(name)
         return packaged
     try:
-        own = json.loads(path.read_text(encoding="utf-8"))["weights"][name]
-        if not re.fullmatch("[0-9a-f]{64}", own["file"]["sha256"]):
-            raise ValueError(f"sha256 {own['file']['sha256']!r}")
-        if type(own["num_classes"]) is not int:
-            raise ValueError(f"num_classes {own['num_classes']!r}")
+        own = json.loads(read_text(path))["weights"][name]
+        _check_record(own)
         return own
-    except (ValueError, KeyError, TypeError) as error:
+    except (AttributeError, KeyError, RecursionError, TypeError, ValueError) as error:
         raise RuntimeError(f"{path} is not a record of {name} ({error}): delete it") from None
+
+
+def _check_record(own: dict[str, Any]) -> None:
+    """Checks the types of what is read from a record that others may have written.
+
+    Raises:
+        AttributeError, KeyError, TypeError, ValueError: A field is missing, or of another type.
+    """
+
+    def numbers(value: Any, count: int, kind: type) -> bool:
+        return isinstance(value, list) and len(value) == count and all(isinstance(part, int | kind) for part in value)
+
+    def text(value: Any) -> bool:
+        return value is None or (isinstance(value, str) and len(value) < 1000)
+
+    file, image, names = own["file"], own["input"], own["label_names"]
+    fields = {
+        "sha256": re.fullmatch("[0-9a-f]{64}", file["sha256"]),
+        "bytes": type(file["bytes"]) is int,
+        "num_classes": type(own["num_classes"]) is int,
+        "label_names": names is None or (isinstance(names, list) and all(name and text(name) for name in names)),
+        "input_size": numbers(image["input_size"], 3, int)
+        and all(0 < part <= MAX_SIDE for part in image["input_size"]),
+        "pool_size": numbers(image["pool_size"], 2, int),
+        "fixed_input_size": isinstance(image["fixed_input_size"], bool),
+        "mean": numbers(image["mean"], 3, float),
+        "std": numbers(image["std"], 3, float) and all(image["std"]),
+        "interpolation": image["interpolation"] in ("bicubic", "bilinear", "nearest", "random"),
+        "crop_pct": isinstance(image["crop_pct"], int | float) and 0 < image["crop_pct"] <= 1,
+        "license": all(map(text, own["license"].values())),
+        "url": all(map(text, (file["url"], file["hf_hub_id"], own["origin_url"], own["trained_by"]))),
+    }
+    if wrong := [key for key, right in fields.items() if not right]:
+        raise ValueError(f"{', '.join(wrong)} are not as in weights_manifest.schema.json")
 
 
 def add_default_tag(name: str) -> str:
@@ -135,15 +177,6 @@ def add_default_tag(name: str) -> str:
     cfg = None if ":" in name or "." in name or not timm.is_model(name) else get_pretrained_cfg(name)
     tagged = f"{name}.{cfg.tag}" if cfg else name
     return tagged if tagged in names() or timm.is_model_pretrained(name) else name
-
-
-def sha256_of(path: str | Path) -> str:
-    """Returns the sha256 of a file's content, as 64 hexadecimal digits."""
-    digest = hashlib.sha256()
-    with open(path, "rb") as file:
-        while chunk := file.read(1 << 20):
-            digest.update(chunk)
-    return digest.hexdigest()
 
 
 def _stand_in(path: str | Path) -> str | None:
@@ -172,6 +205,12 @@ def check(name: str, path: str | Path) -> str:
         UnknownWeightsError: There is no such record.
         RuntimeError: Size or hash differ, or the record has no hash.
     """
+    _read_checked(name, path)
+    return record(name)["file"]["sha256"]
+
+
+def _read_checked(name: str, path: str | Path) -> bytes:
+    """Returns the content of a file that is as in its record."""
     file = record(name)["file"]
     if not file["sha256"]:
         raise RuntimeError(
@@ -180,12 +219,14 @@ def check(name: str, path: str | Path) -> str:
         )
     if what := _stand_in(path):
         raise RuntimeError(f"{path} is {what}, not the weights {name}")
-    size, found = Path(path).stat().st_size, sha256_of(path)
+    with open(path, "rb") as opened:
+        content = opened.read(file["bytes"] + 1)
+        size = max(len(content), os.fstat(opened.fileno()).st_size)
     if file["bytes"] != size:
         raise RuntimeError(f"{path} has {size} bytes, and the weights {name} have {file['bytes']}: delete it")
-    if file["sha256"] != found:
-        raise RuntimeError(f"{path} has sha256 {found}, and the weights {name} have {file['sha256']}: delete it")
-    return found
+    if file["sha256"] != (digest := hashlib.sha256(content).hexdigest()):
+        raise RuntimeError(f"{path} has sha256 {digest}, and the weights {name} have {file['sha256']}: delete it")
+    return content
 
 
 def find(name: str, folder: str | Path | None = None) -> Path | None:
@@ -220,6 +261,13 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
         UnknownWeightsError: There is no such record.
         RuntimeError: The file cannot be found or downloaded, or differs from its record.
     """
+    path = _locate(name, folder)
+    check(name, path)
+    return path
+
+
+def _locate(name: str, folder: str | Path | None) -> Path:
+    """Returns the file of a record, downloaded if necessary and then verified; one that was here is not."""
     file, path, place = record(name)["file"], find(name, folder), Path(folder or weights_dir(), f"{name}.safetensors")
     if path is None and file["sha256"] and (file["url"] or file["hf_hub_id"]):
         try:
@@ -228,9 +276,9 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
             else:
                 path = _download(name, file["url"], place)
         except Exception as error:  # from any library involved
-            reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+            source = file["hf_hub_id"] or file["url"]
             raise RuntimeError(
-                f"cannot download the weights {name} from {file['hf_hub_id'] or file['url']}: {reason}. Without a "
+                f"cannot download the weights {name} from {source}: {in_one_line(error)}. Without a "
                 f"network, put that file ({file['bytes']} bytes, sha256 {file['sha256']}) at {place}"
             ) from error
     if path is None and file.get("checkout"):
@@ -245,8 +293,21 @@ def obtain(name: str, folder: str | Path | None = None) -> Path:
             f"the weights {name} are not at {place}: `container weights {how} {name}` puts them there"
             + (f"; {' and '.join(kin)} would load" if kin else "")
         )
-    check(name, path)
     return path
+
+
+def load(name: str, folder: str | Path | None = None) -> dict[str, Tensor]:
+    """Returns the state dict of a record's file, from the bytes that were compared with the record.
+
+    Args:
+        name: `architecture.tag`.
+        folder: As in `obtain`.
+
+    Raises:
+        UnknownWeightsError: There is no such record.
+        RuntimeError: As in `obtain`.
+    """
+    return safetensors.torch.load(_read_checked(name, _locate(name, folder)))
 
 
 def _download(name: str, url: str, path: Path) -> Path:
@@ -254,20 +315,47 @@ def _download(name: str, url: str, path: Path) -> Path:
     part, lock = path.with_name(f"{path.name}.part"), path.with_name(f"{path.name}.lock")
     with FileLock(lock):
         try:
-            for left in path.parent.glob(f"{part.name}*"):
-                left.unlink()  # left by a process that was killed
             if not path.is_file():  # otherwise the previous holder of the lock downloaded it
-                torch.hub.download_url_to_file(url, str(part), progress=sys.stderr.isatty())
+                part.unlink(missing_ok=True)  # left by a process that was killed
+                with open(part, "xb") as file:
+                    for chunk in _receive(url, record(name)["file"]["bytes"]):
+                        file.write(chunk)
                 check(name, part)
                 os.replace(part, path)
-        except HTTPError as error:
-            error.close()  # closes its connection
-            raise
         finally:
             part.unlink(missing_ok=True)
             with suppress(OSError):  # a waiting process may have it open, which can prevent its removal
                 lock.unlink()
     return path
+
+
+def _receive(url: str, size: int) -> Iterator[bytes]:
+    """Yields what a URL has, up to a size.
+
+    Raises:
+        OSError: The server cannot be reached, is silent for a minute, or takes ten times as long as 1 MB/s.
+        ValueError: The URL, or one that it leads to, is not https, or there is more than that size.
+    """
+    late = time.monotonic() + _SILENCE + size / 1e5
+    if urlsplit(url).scheme != "https":
+        raise ValueError(f"{url} is not https")
+    try:
+        response = urlopen(url, timeout=_SILENCE)
+    except HTTPError as error:
+        error.close()  # closes its connection
+        raise
+    with response:
+        if urlsplit(response.url).scheme != "https":
+            raise ValueError(f"{url} leads to {response.url}, which is not https")
+        with tqdm(total=size, unit="B", unit_scale=True, disable=None, leave=False) as bar:
+            while chunk := response.read1(1 << 16):
+                size -= len(chunk)
+                if size < 0:
+                    raise ValueError(f"there are more bytes than the recorded {bar.total:,}")
+                if time.monotonic() > late:
+                    raise TimeoutError(f"{bar.n:,} bytes after {late - time.monotonic() + _SILENCE:.0f} s are too slow")
+                bar.update(len(chunk))
+                yield chunk
 
 
 def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
@@ -288,8 +376,7 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
     if what := _stand_in(path):
         raise RuntimeError(f"{path} is {what}, not a checkpoint")
     try:
-        if zipfile.is_zipfile(path) and (damaged := zipfile.ZipFile(path).testzip()):  # torch ignores the checksums
-            raise RuntimeError(f"checksum of {damaged} is wrong")
+        _check_size(Path(path))
         state_dict = load_state_dict(str(path), use_ema=use_ema is not False)
         if use_ema is None and is_released(state_dict):
             state_dict = load_state_dict(str(path), use_ema=False)
@@ -298,9 +385,46 @@ def read(path: str | Path, use_ema: bool | None = None) -> dict[str, Tensor]:
     for key, tensor in state_dict.items():
         if not isinstance(tensor, Tensor):
             raise RuntimeError(f"{path} is not a state dict of tensors: {key} is a {type(tensor).__name__}")
+        if tensor.layout != torch.strided or tensor.device.type != "cpu":
+            raise RuntimeError(f"{path}: {key} is sparse or has no values")
+        if tensor.nbytes > tensor.untyped_storage().nbytes():  # expanded: to copy it would cost any memory
+            raise RuntimeError(
+                f"{path}: {key} has {tensor.nbytes} bytes, and its storage {tensor.untyped_storage().nbytes()}"
+            )
         if not torch.isfinite(tensor).all():
             raise RuntimeError(f"{path}: {key} has {(~torch.isfinite(tensor)).sum()} numbers that are NaN or infinite")
     return state_dict
+
+
+def _check_size(path: Path) -> None:
+    """Refuses a file that would cost much more memory than its size, before it is parsed.
+
+    Raises:
+        RuntimeError: It would, or a part of it is damaged.
+    """
+    size = path.stat().st_size
+    if path.suffix == ".safetensors":
+        with open(path, "rb") as file:
+            header = int.from_bytes(file.read(8), "little")
+        if header > _MAX_HEADER:
+            raise RuntimeError(f"its header has {header:,} bytes, and {_MAX_HEADER:,} are allowed")
+        return
+    if not zipfile.is_zipfile(path):
+        return
+    with zipfile.ZipFile(path) as archive:
+        entries = archive.infolist()
+        if (
+            any(entry.compress_type != zipfile.ZIP_STORED for entry in entries)
+            or sum(e.file_size for e in entries) > size
+        ):
+            raise RuntimeError("its parts are compressed, which torch does not do")
+        if damaged := archive.testzip():  # torch ignores the checksums
+            raise RuntimeError(f"checksum of {damaged} is wrong")
+        for entry in entries:
+            if entry.filename.endswith("data.pkl"):
+                made = sum(opcode.name == "REDUCE" for opcode, _, _ in pickletools.genops(archive.open(entry)))
+                if made * _TENSOR > _MAX_HEADER + 2 * size:
+                    raise RuntimeError(f"{made:,} objects in {size:,} bytes are more than a checkpoint has")
 
 
 def _reason(path: Path, error: Exception) -> str:
@@ -334,7 +458,9 @@ def class_names(path: str | Path) -> list[str] | None:
                 names = json.loads((file.metadata() or {}).get("classes", "null"))
         else:
             names = torch.load(path, map_location="cpu", weights_only=True, mmap=True)["fixed"]["class_names"]
-        return None if names is None else [unicodedata.normalize("NFC", name) for name in names]
+        if not (isinstance(names, list) and all(isinstance(name, str) and name.isprintable() for name in names)):
+            return None
+        return [unicodedata.normalize("NFC", name) for name in names]
     except Exception:  # any other file has no class names
         return None
 
@@ -464,17 +590,18 @@ def _check_has_weights(model: str) -> None:
 
 
 def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
-    """Verifies the file that `pretrained=True` refers to, and passes its path to timm.
+    """Verifies the file that `pretrained=True` refers to, and passes its weights to timm.
 
-    A file on record is downloaded if necessary and checked against its sha256. A file named by the user is read; it
-    must be a checkpoint with only finite values. A Hub id, URL, folder or state dict from the user is left to timm.
+    A file on record is downloaded if necessary and checked against its sha256; the bytes that were checked are those
+    that are loaded. A file named by the user is read; it must be a checkpoint with only finite values. A Hub id, URL,
+    folder or state dict from the user is left to timm.
 
     Args:
         variant: Model name without tag.
         arguments: Arguments for `timm.models.build_model_with_cfg`.
 
     Returns:
-        The arguments, with the path of the file if it is on record.
+        The arguments, with the weights if they are on record.
 
     Raises:
         FileNotFoundError: The user's file does not exist.
@@ -486,7 +613,7 @@ def provide(variant: str, arguments: dict[str, Any]) -> dict[str, Any]:
     if cfg.state_dict or cfg.source in ("hf-hub", "local-dir"):
         pass
     elif name in names() and _sources(cfg) == _sources(get_pretrained_cfg(name)):
-        overlay["file"] = str(obtain(name, arguments.get("cache_dir")))
+        overlay["state_dict"] = load(name, arguments.get("cache_dir"))
     elif cfg.file:
         state_dict = read(cfg.file)
         if is_released(state_dict):
@@ -505,11 +632,12 @@ def register_own() -> None:
     for name in _own():
         try:
             own = record(name)
-            given = {key: tuple(value) if isinstance(value, list) else value for key, value in own["input"].items()}
+            prepared = {key: own["input"][key] for key in _INPUT}
+            prepared = {key: tuple(value) if isinstance(value, list) else value for key, value in prepared.items()}
             architecture, tag = split_model_name_tag(name)
             own_cfg = dataclasses.replace(
                 model_file.default_cfgs[architecture].default,
-                **given,
+                **prepared,
                 file=str(find(name) or ""),
                 num_classes=own["num_classes"],
                 label_names=tuple(own["label_names"]) if own["label_names"] else None,

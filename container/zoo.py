@@ -21,7 +21,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from . import weights
 from .container import default_cfgs
-from .files import write_atomically
+from .files import read_text, write_atomically
 
 __all__ = ["accuracy", "card", "columns", "convert", "export", "fetch", "table", "verify"]
 
@@ -180,8 +180,8 @@ def convert(
         record["label_names"] = names
     if (summary := Path(path).with_name("summary.json")).is_file():
         try:
-            record.update(_from_run(json.loads(summary.read_text(encoding="utf-8")), Path(path).name))
-        except (AttributeError, KeyError, TypeError, ValueError):
+            record.update(_from_run(json.loads(read_text(summary)), Path(path).name))
+        except (AttributeError, KeyError, OSError, RecursionError, TypeError, ValueError):
             _logger.warning("%s is not used: it is no summary of train_imagenet.py", summary)
     if trained_by:
         record["trained_by"] = trained_by
@@ -257,6 +257,18 @@ def _from_run(summary: dict[str, Any], file: str) -> dict[str, Any]:
     The top-1 accuracy is included for the best weights only.
     """
     hardware = summary["hardware"]
+    for text in (summary["command"], hardware.get("gpu") or hardware["cpu"]):
+        if not isinstance(text, str) or len(text) > 10_000:
+            raise TypeError(text)
+    for number in (
+        summary["epochs"],
+        summary["seconds"],
+        summary["best"]["top1"],
+        hardware["processes"],
+        hardware["threads"],
+    ):
+        if not isinstance(number, int | float):
+            raise TypeError(number)
     device = f"{hardware['processes']} x {hardware.get('gpu') or hardware['cpu']}, {hardware['threads']} threads"
     training = dict(
         data=None,

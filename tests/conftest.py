@@ -90,9 +90,11 @@ def folder(tmp_path: Path) -> Path:
 
 
 @pytest.fixture
-def server():
-    """A server of one file on loopback."""
-    with running(Server()) as server:
+def server(tmp_path_factory, monkeypatch):
+    """A server of one file on loopback, whose certificate is trusted here and in processes that are started."""
+    with running(Server(tmp_path_factory.mktemp("server"))) as server:
+        for key, value in server.environment.items():
+            monkeypatch.setenv(key, value)
         yield server
 
 

@@ -14,13 +14,20 @@ LFS = b"version https://git-lfs.github.com/spec/v1\noid sha256:" + b"0" * 64 + b
 
 
 class Server(ThreadingHTTPServer):
-    """Serves `content`; what it does wrong, and how often it was asked, are its attributes."""
+    """Serves `content` by https; what it does wrong, and how often it was asked, are its attributes."""
 
     daemon_threads = True
 
-    def __init__(self):
+    def __init__(self, folder):
         super().__init__(("127.0.0.1", 0), Handler)
-        self.url = f"http://127.0.0.1:{self.server_port}/weights"
+        authority = trustme.CA()
+        authority.cert_pem.write_to_path(str(folder / "ca.pem"))
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        authority.issue_cert("127.0.0.1").configure_cert(context)
+        self.socket = context.wrap_socket(self.socket, server_side=True, do_handshake_on_connect=False)
+        self.environment = dict(SSL_CERT_FILE=str(folder / "ca.pem"))
+        self.url = f"https://127.0.0.1:{self.server_port}/weights"
+        self.location = None
         self.content, self.code, self.limit, self.pause, self.asked = b"", 200, None, 0.0, 0
 
 
@@ -28,11 +35,17 @@ class Handler(BaseHTTPRequestHandler):
     def do_GET(self):
         server = self.server
         server.asked += 1
+        if server.location:
+            self.send_response(302)
+            self.send_header("Location", server.location)
+            self.end_headers()
+            return
         if server.code != 200:
             self.send_error(server.code)
             return
         self.send_response(200)
-        self.send_header("Content-Length", str(len(server.content)))
+        if server.limit is None:
+            self.send_header("Content-Length", str(len(server.content)))
         self.end_headers()
         try:
             for i in range(0, len(content := server.content[: server.limit]), 1 << 16):

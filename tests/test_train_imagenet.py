@@ -908,7 +908,9 @@ def test_cifar10(tmp_path):
         (None, ["--reprob", "nan"], "--reprob: nan is not in [0, 1]"),
         (None, ["--lr-base", "inf"], "--lr-base: inf is not in [0, inf)"),
         (None, ["--workers", "-1"], "--workers: -1 is not in [0, inf)"),
-        (None, ["--scale", "0.9", "0.1"], "--scale 0.9 0.1 has the largest area first"),
+        (None, ["--scale", "0.9", "0.1"], "--scale 0.9 0.1 has the largest first"),
+        (None, ["--ratio", "2", "0.5"], "--ratio 2.0 0.5 has the largest first"),
+        (None, ["--ratio", "0", "1"], "0 is not in (0, inf)"),
         (None, ["--temperature", "0"], "--temperature: 0 is not in (0, inf)"),
         (None, ["--data-dir", "a", "b"], "2 folders, but only a teacher's logits (--distill 1) are learned from many"),
         (

@@ -11,6 +11,7 @@ import signal
 import subprocess
 import sys
 import time
+import zipfile
 
 import jsonschema
 import pytest
@@ -32,6 +33,7 @@ PHOTOS = ["container_light_nano.lite2_dist", "container_light_tiny.lite2_dist", 
 PACKAGED = ROOT / "container" / "pretrained" / f"{OURS}.safetensors"
 SCHEMA = json.loads((ROOT / "container" / "weights_manifest.schema.json").read_text())
 MANIFEST = json.loads((ROOT / "weights_manifest.json").read_text())
+INPUT = weights.manifest()[FREE]["input"]
 STATE = safetensors.torch.load_file(PACKAGED)
 
 
@@ -189,7 +191,7 @@ def place(tmp_path, monkeypatch):
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path / "weights"))
     (tmp_path / "weights").mkdir()
     file = weights.manifest()[OURS]["file"]
-    monkeypatch.setitem(weights.manifest()[OURS], "file", dict(file, packaged=False, url="http://127.0.0.1:9/none"))
+    monkeypatch.setitem(weights.manifest()[OURS], "file", dict(file, packaged=False, url="https://127.0.0.1:9/none"))
     return tmp_path / "weights"
 
 
@@ -222,6 +224,9 @@ def test_downloaded_once(served, place):
         (dict(limit=10**6), "has 1000000 bytes, and the weights .* have 3685608"),
         (dict(code=404), "HTTP Error 404: Not Found"),
         (dict(code=503), "HTTP Error 503"),
+        (dict(content=PACKAGED.read_bytes() + bytes(10**7)), "there are more bytes than the recorded 3,685,608"),
+        (dict(location="http://127.0.0.1:9/weights"), "[Cc]onnection refused|is not https"),
+        (dict(location=f"file://{PACKAGED}"), "redirect|not allowed"),
     ],
 )
 def test_a_server_with_something_else_leaves_nothing(served, place, wrong, message):
@@ -232,6 +237,42 @@ def test_a_server_with_something_else_leaves_nothing(served, place, wrong, messa
     for hint in (OURS, served.url, str(place / PACKAGED.name), str(file["bytes"]), file["sha256"]):
         assert hint in str(error.value)
     assert list(place.iterdir()) == [] and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize("url", [f"file://{PACKAGED}", "http://127.0.0.1:9/weights", "ftp://127.0.0.1/weights"])
+def test_downloads_are_by_https_alone(served, place, monkeypatch, url):
+    monkeypatch.setitem(weights.manifest()[OURS]["file"], "url", url)
+    with pytest.raises(RuntimeError, match=f"{url} is not https"):
+        load()
+    assert list(place.iterdir()) == [] and not served.asked
+
+
+@pytest.mark.parametrize("pause, message", [(3, "timed out"), (0.5, "bytes after [0-9]+ s are too slow")])
+def test_a_download_that_stands_still_or_drips_ends(served, place, monkeypatch, pause, message):
+    """And lets its lock go."""
+    monkeypatch.setattr(weights, "_SILENCE", 1)
+    monkeypatch.setitem(weights.manifest()[OURS], "file", dict(weights.manifest()[OURS]["file"], bytes=10**5))
+    served.pause = pause
+    with pytest.raises(RuntimeError, match=message):
+        load()
+    assert list(place.iterdir()) == []
+
+
+def test_the_bytes_that_are_verified_are_those_that_are_loaded(place, monkeypatch):
+    """A file that is exchanged as soon as it was read; no other is opened."""
+    shutil.copy(PACKAGED, place)
+    other = {key: t + 1 if t.is_floating_point() else t for key, t in STATE.items()}
+    read = weights._read_checked
+
+    def read_and_exchange(name, path):
+        content = read(name, path)
+        safetensors.torch.save_file(other, path)
+        return content
+
+    monkeypatch.setattr(weights, "_read_checked", read_and_exchange)
+    assert torch.equal(load().norm.weight, STATE["norm.weight"])
+    with pytest.raises(RuntimeError, match="has 3685608 bytes|has sha256"):
+        load()
 
 
 def test_no_network_but_a_file_placed_by_hand(place):
@@ -267,7 +308,7 @@ def test_killed_in_the_middle(served, place):
     served.pause = 0.05
     code = "import sys, container, timm; container.weights.manifest()[sys.argv[1]]['file'].update(packaged=False, "
     process = python(code + "url=sys.argv[2]); timm.create_model(sys.argv[1], pretrained=True)", OURS, served.url)
-    while not any(path.stat().st_size for path in place.glob("*.partial")):
+    while not any(path.stat().st_size for path in place.glob("*.part")):
         assert process.poll() is None, process.communicate()
         time.sleep(0.01)
     process.send_signal(signal.SIGKILL)
@@ -594,7 +635,13 @@ def test_wheel_has_the_manifest_and_registers_the_models(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "change", [dict(input=[]), dict(input=None), dict(license=None), dict(num_classes={}), dict(label_names=7), None]
+    "change",
+    [
+        *(dict(input=[]), dict(input=None), dict(license=None), dict(num_classes={}), dict(label_names=7), None),
+        *(dict(label_names=[1, 2]), dict(trained_by=["x"]), dict(origin_url="x" * 1000)),
+        *(dict(input=INPUT | change) for change in (dict(mean=[1]), dict(std=[1, 1, 0]), dict(crop_pct="1"))),
+        *(dict(input=INPUT | change) for change in (dict(input_size=[3, 10**9, 32]), dict(interpolation="x"))),
+    ],
 )
 def test_no_record_can_break_an_import(place, tmp_path, caplog, change):
     """It is warned of and skipped; the family and the records beside it are as they were."""
@@ -607,6 +654,58 @@ def test_no_record_can_break_an_import(place, tmp_path, caplog, change):
     weights.register_own()
     assert [message.split(":")[0] for message in caplog.messages] == [f"no weights {name}"]
     assert list(default_cfgs["container_light_nano"].tags) == before
+
+
+def test_a_record_leads_to_no_other_file_than_its_own(place, tmp_path):
+    """What it says beside the preparation of images is not taken over."""
+    name = "container_light_nano.mine"
+    record = dict(weights.manifest()[FREE], status="imported")
+    record["input"] = record["input"] | dict(source="hf-hub", hf_hub_id="evil/repo", custom_load=True)
+    (tmp_path / "weights" / f"{name}.json").write_text(json.dumps(dict(weights={name: record})))
+    weights.register_own()
+    cfg = timm.get_pretrained_cfg(name)
+    assert not (cfg.source or cfg.hf_hub_id or cfg.custom_load) and cfg.input_size == tuple(
+        record["input"]["input_size"]
+    )
+
+
+def expanded():
+    return dict(x=torch.zeros(1).expand(400_000_000))
+
+
+def many():
+    return {str(i): torch.zeros(0) for i in range(40_000)}
+
+
+@pytest.mark.parametrize(
+    "content, message",
+    [
+        (expanded, "x has 1600000000 bytes, and its storage 4"),
+        (lambda: dict(x=torch.zeros(2, device="meta")), "sparse or has no values"),
+        (lambda: dict(x=torch.eye(3).to_sparse()), "sparse or has no values"),
+        (many, "objects in [0-9,]+ bytes are more than a checkpoint has"),
+    ],
+)
+def test_a_small_file_takes_little_memory(tmp_path, content, message):
+    """Refused before it is paid for."""
+    torch.save(content(), tmp_path / "x.pth")
+    with pytest.raises(RuntimeError, match=message):
+        weights.read(tmp_path / "x.pth")
+
+
+def test_compressed_parts_and_long_headers_are_refused(tmp_path):
+    torch.save(dict(x=torch.zeros(10_000_000)), tmp_path / "stored.pth")
+    with (
+        zipfile.ZipFile(tmp_path / "stored.pth") as a,
+        zipfile.ZipFile(tmp_path / "x.pth", "w", zipfile.ZIP_DEFLATED) as b,
+    ):
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    with pytest.raises(RuntimeError, match="its parts are compressed, which torch does not do"):
+        weights.read(tmp_path / "x.pth")
+    safetensors.torch.save_file({f"{i:060}": torch.zeros(0) for i in range(50_000)}, tmp_path / "x.safetensors")
+    with pytest.raises(RuntimeError, match="its header has [0-9,]+ bytes, and 4,194,304 are allowed"):
+        weights.read(tmp_path / "x.safetensors")
 
 
 def test_an_empty_file_is_called_empty(tmp_path):

@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from filelock import FileLock, Timeout
 
-from container.files import write_atomically
+from container.files import remove_leftovers, write_atomically
 
 __all__ = ["Checkpoints", "Progress", "lock"]
 
@@ -145,8 +145,7 @@ class Checkpoints:
         Returns:
             The saved state, or None if there is no checkpoint.
         """
-        for unfinished in self.folder.glob("*.tmp"):
-            unfinished.unlink()
+        remove_leftovers(self.folder)
         for path in self.paths():
             data = path.read_bytes()
             if path.stem.endswith(f"-{_digest(data)}"):

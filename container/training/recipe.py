@@ -9,6 +9,8 @@ from typing import Any
 
 import yaml
 
+from container.files import read_text
+
 __all__ = ["number", "parse_with_recipe"]
 
 # Settings in a run's `args.yaml` that apply to that run only.
@@ -37,6 +39,22 @@ def number(kind: type[int] | type[float], values: str) -> Callable[[str], Any]:
     return read
 
 
+def _is_setting(value: Any) -> bool:
+    """Whether a value of YAML is a scalar, a list of scalars, or a dictionary of these; no string looks like a flag.
+
+    A list in a list could be as large as memory, by YAML's aliases.
+    """
+    if isinstance(value, dict):
+        return all(
+            isinstance(key, str) and _is_setting(part) and not isinstance(part, dict) for key, part in value.items()
+        )
+    parts = value if isinstance(value, list) else [value]
+    return all(
+        part is None or isinstance(part, bool | int | float) or (isinstance(part, str) and not part.startswith("-"))
+        for part in parts
+    )
+
+
 def parse_with_recipe(
     parser: argparse.ArgumentParser, argv: Sequence[str] | None, folder: Path, name: str
 ) -> argparse.Namespace:
@@ -61,8 +79,8 @@ def parse_with_recipe(
     if not path.is_file():
         parser.error(f"no recipe {name}; there are {', '.join(sorted(p.stem for p in folder.glob('*.yaml')))}")
     try:
-        settings = yaml.safe_load(path.read_text(encoding="utf-8"))
-    except (UnicodeDecodeError, yaml.YAMLError) as error:
+        settings = yaml.safe_load(read_text(path))
+    except (RecursionError, ValueError, yaml.YAMLError) as error:
         parser.error(f"recipe {name} is no YAML: {' '.join(str(error).split())}")
     if not isinstance(settings, dict) or not all(isinstance(key, str) for key in settings):
         parser.error(f"recipe {name} has no lines of KEY: VALUE")
@@ -74,6 +92,8 @@ def parse_with_recipe(
             continue
         if flag not in known:
             parser.error(f"recipe {name} sets {key}, which is no argument")
+        if not _is_setting(value):
+            parser.error(f"recipe {name} sets {key} to what is neither a value nor a list of values")
         if isinstance(value, bool):
             flags += [flag] if value else [f"--no-{flag[2:]}"] if f"--no-{flag[2:]}" in known else []
         elif value is not None:

@@ -195,7 +195,13 @@ class Run:
         return create_train_loader(
             self.train_set,
             self.config | dict(input_size=(3, size, size)) | interpolation,
-            augmentation=dict(scale=args.scale, hflip=args.hflip, auto_augment=args.aa, color_jitter=args.color_jitter),
+            augmentation=dict(
+                scale=args.scale,
+                ratio=args.ratio,
+                hflip=args.hflip,
+                auto_augment=args.aa,
+                color_jitter=args.color_jitter,
+            ),
             repeats=args.aug_repeats,
             batch_size=args.batch_size,
             workers=args.workers,
@@ -266,7 +272,17 @@ class Run:
         if args.view_epochs:
             if not isinstance(self.train_set, Images):
                 raise ValueError("--view-epochs is for photos in folders")
-            names = ["teacher", "teacher_size", "seed", "scale", "train_interpolation", "hflip", "aa", "color_jitter"]
+            names = [
+                "teacher",
+                "teacher_size",
+                "seed",
+                "scale",
+                "ratio",
+                "train_interpolation",
+                "hflip",
+                "aa",
+                "color_jitter",
+            ]
             names += ["aug_repeats", "amp"]
             made_from = {name: getattr(args, name) for name in names}
             made_from |= {key: config[key] for key in ("input_size", "mean", "std", "interpolation")}
