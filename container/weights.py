@@ -75,6 +75,7 @@ _MAX_HEADER = 1 << 22  # bytes of a safetensors header, and of what a torch file
 _TENSOR = 1000  # bytes that a tensor object takes, about
 _INPUT = ("input_size", "pool_size", "fixed_input_size", "interpolation", "mean", "std", "crop_pct")  # of a record
 _SILENCE = 60  # seconds without a byte, after which a download ends
+_SLOWEST = 1e5  # bytes per second
 
 
 class UnknownWeightsError(KeyError):
@@ -333,10 +334,10 @@ def _receive(url: str, size: int) -> Iterator[bytes]:
     """Yields what a URL has, up to a size.
 
     Raises:
-        OSError: The server cannot be reached, is silent for a minute, or takes ten times as long as 1 MB/s.
+        OSError: The server cannot be reached, is silent for a minute, or slower than 0.1 MB/s.
         ValueError: The URL, or one that it leads to, is not https, or there is more than that size.
     """
-    late = time.monotonic() + _SILENCE + size / 1e5
+    start, allowed = time.monotonic(), _SILENCE + size / _SLOWEST
     if urlsplit(url).scheme != "https":
         raise ValueError(f"{url} is not https")
     try:
@@ -352,8 +353,8 @@ def _receive(url: str, size: int) -> Iterator[bytes]:
                 size -= len(chunk)
                 if size < 0:
                     raise ValueError(f"there are more bytes than the recorded {bar.total:,}")
-                if time.monotonic() > late:
-                    raise TimeoutError(f"{bar.n:,} bytes after {late - time.monotonic() + _SILENCE:.0f} s are too slow")
+                if (seconds := time.monotonic() - start) > allowed:
+                    raise TimeoutError(f"{bar.n:,} bytes in {seconds:.0f} s are too slow")
                 bar.update(len(chunk))
                 yield chunk
 

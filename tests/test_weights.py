@@ -247,11 +247,11 @@ def test_downloads_are_by_https_alone(served, place, monkeypatch, url):
     assert list(place.iterdir()) == [] and not served.asked
 
 
-@pytest.mark.parametrize("pause, message", [(3, "timed out"), (0.5, "bytes after [0-9]+ s are too slow")])
+@pytest.mark.parametrize("pause, message", [(3, "timed out"), (0.9, "bytes in [0-9]+ s are too slow")])
 def test_a_download_that_stands_still_or_drips_ends(served, place, monkeypatch, pause, message):
     """And lets its lock go."""
     monkeypatch.setattr(weights, "_SILENCE", 1)
-    monkeypatch.setitem(weights.manifest()[OURS], "file", dict(weights.manifest()[OURS]["file"], bytes=10**5))
+    monkeypatch.setattr(weights, "_SLOWEST", 1e7)
     served.pause = pause
     with pytest.raises(RuntimeError, match=message):
         load()
@@ -271,7 +271,7 @@ def test_the_bytes_that_are_verified_are_those_that_are_loaded(place, monkeypatc
 
     monkeypatch.setattr(weights, "_read_checked", read_and_exchange)
     assert torch.equal(load().norm.weight, STATE["norm.weight"])
-    with pytest.raises(RuntimeError, match="has 3685608 bytes|has sha256"):
+    with pytest.raises(RuntimeError, match=r"has (\d+ bytes|sha256)"):
         load()
 
 
@@ -682,7 +682,6 @@ def many():
     [
         (expanded, "x has 1600000000 bytes, and its storage 4"),
         (lambda: dict(x=torch.zeros(2, device="meta")), "sparse or has no values"),
-        (lambda: dict(x=torch.eye(3).to_sparse()), "sparse or has no values"),
         (many, "objects in [0-9,]+ bytes are more than a checkpoint has"),
     ],
 )
@@ -704,7 +703,7 @@ def test_compressed_parts_and_long_headers_are_refused(tmp_path):
     with pytest.raises(RuntimeError, match="its parts are compressed, which torch does not do"):
         weights.read(tmp_path / "x.pth")
     safetensors.torch.save_file({f"{i:060}": torch.zeros(0) for i in range(50_000)}, tmp_path / "x.safetensors")
-    with pytest.raises(RuntimeError, match="its header has [0-9,]+ bytes, and 4,194,304 are allowed"):
+    with pytest.raises(RuntimeError, match=r"its header has [0-9,]+ bytes, and 4,194,304 are allowed"):
         weights.read(tmp_path / "x.safetensors")
 
 
