@@ -53,6 +53,7 @@ from container.training import (
     describe,
     evaluate,
     join_group,
+    name_killed_workers,
     number,
     on_first_rank,
     open_photos,
@@ -605,7 +606,7 @@ def main(argv: Sequence[str] | None = None) -> float:
                 print(f"output: {run.output}" + ("" if str(run.output) == asked else f" ({asked} exists)"))
                 if resumed:
                     print(f"going on after {run.progress.epoch} epochs and {run.progress.step} steps")
-        with one_line(FloatingPointError, OSError, ValueError, torch.OutOfMemoryError):
+        with one_line(FloatingPointError, OSError, ValueError, torch.OutOfMemoryError), name_killed_workers():
             top1 = run.train()
         if run.rank == 0:
             seconds, best = run.progress.total_seconds, run.output / "model_best.safetensors"

@@ -1,5 +1,6 @@
 """Loads images as image viewers show them."""
 
+import os
 from pathlib import Path
 from typing import Any
 
@@ -78,6 +79,8 @@ def open_photo(path: str | Path) -> Image.Image:
         OSError: There is no such file.
         ValueError: The file is not a photo, or is damaged.
     """
+    if os.path.exists(path) and not os.path.isfile(path):  # a pipe or a device could be read for ever
+        raise ValueError(f"{path} cannot be read as a photo: it is no regular file")
     with open(path, "rb") as file:
         try:
             return open_rgb(file)

@@ -6,7 +6,16 @@ from .data import Digits, Images, Photos, check_classes, compose_accents, create
 from .depthwise import speed_up_depthwise
 from .distill import Distillation, Divergence, Teacher, TeacherOutputs
 from .distributed import Agreement, StopSignal, join_group, on_first_rank
-from .loader import advice, ask_ahead, cores, create_train_loader, create_val_loader, default_workers, epoch_batches
+from .loader import (
+    advice,
+    ask_ahead,
+    cores,
+    create_train_loader,
+    create_val_loader,
+    default_workers,
+    epoch_batches,
+    name_killed_workers,
+)
 from .loop import HALF, Compute, evaluate, train_one_epoch
 from .plan import describe, estimate
 from .recipe import number, parse_with_recipe
@@ -45,6 +54,7 @@ __all__ = [
     "estimate",
     "evaluate",
     "join_group",
+    "name_killed_workers",
     "number",
     "on_first_rank",
     "open_photos",

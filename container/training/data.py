@@ -137,13 +137,17 @@ def _suffix(name: str) -> str:
 
 
 class LeftOut(Counter[str]):
-    """Numbers of files that are not used, by suffix, and under `hidden` those in hidden and system folders."""
+    """Numbers of files that are not used, by suffix.
+
+    Under `hidden` are those in hidden and system folders, and under `special` pipes, devices and broken links.
+    """
 
     def describe(self, where: str) -> str:
         """Returns one line about these files, or '' if there are none."""
-        others = {suffix: count for suffix, count in self.items() if count and suffix != "hidden"}
+        others = {suffix: count for suffix, count in self.items() if count and suffix not in ("hidden", "special")}
         parts = [f"{sum(others.values())} files with other suffixes ({', '.join(sorted(others))})"] if others else []
         parts += [f"{self['hidden']} hidden files or files in system folders"] if self["hidden"] else []
+        parts += [f"{self['special']} pipes, devices or broken links"] if self["special"] else []
         return f"{' and '.join(parts)} in {where} are not used" if parts else ""
 
 
@@ -158,23 +162,32 @@ def list_images(folder: str, left_out: LeftOut, exclude: str | None = None) -> l
     Raises:
         PermissionError: A folder cannot be read.
     """
-    images, seen, suffixes = [], set(), get_img_extensions(as_set=True)
-    for place, folders, files in os.walk(folder, onerror=_raise, followlinks=True):
-        if (real := os.path.realpath(place)) in seen:
-            folders.clear()  # a link to a folder that was visited before
+    images, seen, suffixes, places = [], set(), get_img_extensions(as_set=True), [folder]
+    while places:
+        place = places.pop()
+        if (real := os.path.realpath(place)) in seen:  # a link to a folder that was visited before
             continue
         seen.add(real)
-        for name in filter(_is_hidden, list(folders)):
-            folders.remove(name)
-            left_out["hidden"] += sum(len(files) for _, _, files in os.walk(os.path.join(place, name)))
-        for file in files:
-            suffix = _suffix(file)
-            if _is_hidden(file):
-                left_out["hidden"] += suffix in suffixes
-            elif suffix not in suffixes:
-                left_out[suffix or "none"] += 1
-            elif not (exclude and fnmatch(file, exclude)):
-                images.append(os.path.join(place, file))
+        try:
+            found = os.scandir(place)
+        except OSError:
+            raise PermissionError(f"folder {place} cannot be read") from None
+        with found as entries:
+            for entry in entries:
+                suffix = _suffix(entry.name)
+                if entry.is_dir():
+                    if _is_hidden(entry.name):
+                        left_out["hidden"] += sum(len(files) for _, _, files in os.walk(entry.path))
+                    else:
+                        places.append(entry.path)
+                elif _is_hidden(entry.name):
+                    left_out["hidden"] += suffix in suffixes
+                elif suffix not in suffixes:
+                    left_out[suffix or "none"] += 1
+                elif not entry.is_file():  # a pipe or a device could be read for ever
+                    left_out["special"] += 1
+                elif not (exclude and fnmatch(entry.name, exclude)):
+                    images.append(entry.path)
     return images
 
 
@@ -264,10 +277,6 @@ class Photos(Reader):
     def _filename(self, index: int, basename: bool = False, absolute: bool = False) -> str:
         path = os.fsdecode(self.paths[index])
         return os.path.basename(path) if basename else str(self.roots[self.root_of[index]] / path) if absolute else path
-
-
-def _raise(error: OSError) -> None:
-    raise PermissionError(f"folder {error.filename} cannot be read")
 
 
 class ClassTar(Reader):
@@ -427,7 +436,7 @@ class Images(ImageDataset):
                 image, target = self.read(candidate)
                 break
             except Exception as error:  # a damaged file makes Pillow's decoders raise nearly anything
-                if isinstance(error, MemoryError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
+                if isinstance(error, MemoryError | TimeoutError) or getattr(error, "errno", None) in _OF_THE_MACHINE:
                     raise
                 cause = cause or error
                 self.unreadable[candidate] = True
@@ -503,7 +512,7 @@ class Images(ImageDataset):
 def _split(root: Path, names: tuple[str, ...]) -> Path:
     for name in names:
         for path in (root / name, root / f"{name}.tar"):
-            if path.exists():
+            if path.is_dir() or path.is_file():
                 return path
     # Without this check, timm would use `root` itself as the split, and the split folders as classes.
     raise FileNotFoundError(f"no folder {' or '.join(names)} (or .tar) in {root}")

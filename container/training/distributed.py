@@ -2,6 +2,7 @@
 
 import os
 import signal
+import threading
 import time
 from collections.abc import Callable
 from types import FrameType
@@ -11,7 +12,17 @@ import torch
 import torch.distributed as dist
 from timm.utils.distributed import world_info_from_env
 
-__all__ = ["SIGNALS", "Agreement", "Place", "StopSignal", "any_of", "find_place", "join_group", "on_first_rank"]
+__all__ = [
+    "SIGNALS",
+    "Agreement",
+    "Place",
+    "StopSignal",
+    "Waiting",
+    "any_of",
+    "find_place",
+    "join_group",
+    "on_first_rank",
+]
 
 SIGNALS = [
     getattr(signal, name)
@@ -161,6 +172,47 @@ def on_first_rank(make: Callable[[], Any]) -> Any:
     return made[0]
 
 
+TICK = 0.5  # seconds between two looks at a wait
+TICKS, TICKS_TOLD = 600, 40  # looks until a wait ends, in all and after a signal to stop
+
+
+class Waiting:
+    """Context manager that ends a wait of this process's main thread after five minutes.
+
+    A signal to stop leaves it another 20 s. Time in which the process itself was suspended does not count. Nothing
+    happens in other threads, or on systems without interval timers.
+
+    Args:
+        check: Function that is called twice a second; it may raise an error.
+
+    Raises:
+        TimeoutError: The wait was too long.
+    """
+
+    told = False  # whether this process was told to stop
+
+    def __init__(self, check: Callable[[], None] = lambda: None) -> None:
+        self.check, self.ticks, self.ticks_told = check, 0, 0
+        self._before: Any = None
+
+    def _tick(self, *_: object) -> None:
+        self.ticks, self.ticks_told = self.ticks + 1, self.ticks_told + self.told
+        if self.ticks >= TICKS or self.ticks_told >= TICKS_TOLD:
+            raise TimeoutError(f"no batch came for {self.ticks * TICK:.0f} s: the data does not answer")
+        self.check()
+
+    def __enter__(self) -> "Waiting":
+        if hasattr(signal, "setitimer") and threading.current_thread() is threading.main_thread():
+            self._before = signal.signal(signal.SIGALRM, self._tick)
+            signal.setitimer(signal.ITIMER_REAL, TICK, TICK)
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._before is not None:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            signal.signal(signal.SIGALRM, self._before)
+
+
 class StopSignal:
     """Context manager that catches the signals that end jobs.
 
@@ -177,7 +229,7 @@ class StopSignal:
 
     def _note(self, number: int, frame: FrameType | None) -> None:
         if self.received is None:
-            self.received, self._since = number, time.monotonic()
+            self.received, self._since, Waiting.told = number, time.monotonic(), True
         elif number == self.received == signal.SIGINT and time.monotonic() - self._since > 1:
             self.__exit__()
             signal.raise_signal(number)
@@ -188,5 +240,6 @@ class StopSignal:
         return self
 
     def __exit__(self, *_: object) -> None:
+        Waiting.told = False
         for number, handler in self._before.items():
             signal.signal(number, handler)

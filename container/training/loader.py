@@ -7,8 +7,9 @@ import shutil
 import signal
 import sys
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +23,7 @@ from torch.utils.data import DataLoader
 from torch.utils.data.distributed import DistributedSampler
 
 from .data import mend_posterize
-from .distributed import SIGNALS, find_place
+from .distributed import SIGNALS, Waiting, find_place
 from .seeding import SeededDataset, SeededSampler, seed_everything
 
 __all__ = [
@@ -35,6 +36,7 @@ __all__ = [
     "end_workers",
     "epoch_batches",
     "growing",
+    "name_killed_workers",
 ]
 
 _CPU_MAX = Path("/sys/fs/cgroup/cpu.max")
@@ -82,6 +84,8 @@ def _shield(worker: int) -> None:
     """
     for number in SIGNALS:
         signal.signal(number, signal.SIG_IGN)
+    if hasattr(signal, "SIGALRM"):
+        signal.signal(signal.SIGALRM, signal.SIG_DFL)  # the training process may have a handler of its own
     signal.signal(signal.SIGTERM, lambda *_: signal.alarm(30))  # SIGALRM ends it after 30 s if nothing else does
     if hasattr(signal, "pthread_sigmask"):
         signal.pthread_sigmask(signal.SIG_UNBLOCK, SIGNALS)
@@ -101,6 +105,27 @@ def _check_shared_memory(workers: int, batch_size: int, size: tuple[int, ...]) -
             )
 
 
+def _check_room(size: int) -> None:
+    """Checks that /dev/shm has room for a batch. A worker that found none has lost its batch: it never comes."""
+    if os.path.isdir("/dev/shm") and (free := shutil.disk_usage("/dev/shm").free) < size:
+        raise OSError(f"/dev/shm is full: {free:,} bytes are free, and a batch has {size:,}")
+
+
+@contextmanager
+def name_killed_workers() -> Iterator[None]:
+    """Says of a worker that was killed what to do; torch raises that in whatever the process does.
+
+    Raises:
+        ChildProcessError: A worker was killed.
+    """
+    try:
+        yield
+    except RuntimeError as error:
+        if not str(error).startswith("DataLoader worker"):
+            raise
+        raise ChildProcessError(f"{str(error).strip()} Is memory short? Fewer --workers need less") from None
+
+
 class _Loader(DataLoader[Any]):
     """DataLoader whose workers start with signals blocked, until `_shield` has run.
 
@@ -111,12 +136,21 @@ class _Loader(DataLoader[Any]):
     _current: Any = None  # the last iterator, which has the workers
 
     def begin(self) -> None:
-        self._begun = iter(self)
+        self._begun = self._start()
 
     def __iter__(self) -> Any:
-        if self._begun is not None:
-            begun, self._begun = self._begun, None
-            return begun
+        begun, self._begun = self._start() if self._begun is None else self._begun, None
+        size = 1
+        while True:
+            try:
+                with Waiting(partial(_check_room, size) if self.num_workers else lambda: None):
+                    batch = next(begun)
+            except StopIteration:
+                return
+            size = sum(part.nbytes for part in batch if isinstance(part, torch.Tensor))
+            yield batch
+
+    def _start(self) -> Any:
         if not hasattr(signal, "pthread_sigmask"):
             self._current = super().__iter__()
             return self._current

@@ -6,6 +6,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+import subprocess
 import tarfile
 import time
 from types import SimpleNamespace
@@ -21,9 +22,11 @@ from timm.data.auto_augment import NAME_TO_OP
 from torch.utils.data import Dataset
 
 import container.training.loader
+from container.images import open_photo
 from container.training import (
     Digits,
     Images,
+    StopSignal,
     advice,
     ask_ahead,
     cores,
@@ -31,9 +34,11 @@ from container.training import (
     create_train_loader,
     create_val_loader,
     default_workers,
+    distributed,
     epoch_batches,
     join_group,
 )
+from container.training.data import LeftOut, list_images
 
 CONFIG = dict(input_size=(3, 32, 32), interpolation="bicubic", mean=(0.5,) * 3, std=(0.25,) * 3)
 CONFIG |= dict(crop_pct=0.9, crop_mode="center")
@@ -310,3 +315,67 @@ def test_only_own_workers_are_ended():
     other.kill()
     other.join()
     assert not worker.is_alive() and len(multiprocessing.active_children()) == 0
+
+
+class Hanging(Dataset):
+    """Images of a folder that stops to answer."""
+
+    transform = None
+
+    def __len__(self):
+        return 48
+
+    def __getitem__(self, index):
+        if multiprocessing.parent_process() is None and index % 2:  # in this process: as a slow disk does
+            time.sleep(0.01)
+        elif index > 8:
+            time.sleep(600)
+        return torch.zeros(3, 32, 32, dtype=torch.uint8).numpy(), 0
+
+
+@pytest.mark.parametrize("told, seconds", [(False, 2.0), (True, 0.4)])
+def test_a_wait_for_data_ends(monkeypatch, told, seconds):
+    """After a signal to stop, sooner."""
+    monkeypatch.setattr(distributed, "TICK", 0.1)
+    monkeypatch.setattr(distributed, "TICKS", 20)
+    monkeypatch.setattr(distributed, "TICKS_TOLD", 4)
+    batches = create_val_loader(Hanging(), CONFIG, 4, 1, CPU)
+    with StopSignal() as stop:
+        began = iter(batches)
+        next(began)
+        if told:
+            signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(TimeoutError, match=rf"no batch came for {seconds:.0f} s: the data does not answer"):
+            list(began)
+        assert stop.received == (signal.SIGTERM if told else None)
+    assert signal.getitimer(signal.ITIMER_REAL) == (0, 0)
+    container.training.loader.end_workers(batches)
+
+
+def test_a_process_that_was_suspended_has_not_waited(monkeypatch):
+    """As jobs are by schedulers, for hours; time is counted while the process runs."""
+    monkeypatch.setattr(distributed, "TICK", 0.1)
+    monkeypatch.setattr(distributed, "TICKS", 10)
+    loader = create_val_loader(small(Digits(train=True)), CONFIG, 8, 1, CPU)
+    container.training.loader.end_workers(loader)
+    waking = subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
+    with distributed.Waiting() as waiting:
+        os.kill(os.getpid(), signal.SIGSTOP)
+    assert waiting.ticks < 5 and waking.wait() == 0
+
+
+@pytest.mark.parametrize("kind", ["pipe", "device", "broken link"])
+def test_what_could_be_read_for_ever_is_no_image(folder, kind):
+    """In class folders and in folders of photos; it is counted."""
+    odd = folder / "train" / "bright" / "x.jpg"
+    if kind == "pipe":
+        os.mkfifo(odd)
+    else:
+        odd.symlink_to("/dev/zero" if kind == "device" else "nowhere")
+    images = Images(str(folder / "train"))
+    assert "1 pipes, devices or broken links" in images.left_out and odd.name not in images.filenames(basename=True)
+    left_out = LeftOut()
+    assert str(odd) not in list_images(str(folder), left_out) and left_out["special"] == 1
+    if kind != "broken link":
+        with pytest.raises(ValueError, match=r"x\.jpg cannot be read as a photo: it is no regular file"):
+            open_photo(odd)
