@@ -1,6 +1,7 @@
 """Data loaders for training and validation. Training can start from any batch of a run."""
 
 import ctypes
+import errno
 import math
 import os
 import shutil
@@ -132,6 +133,7 @@ class _Loader(DataLoader[Any]):
     With `begin`, they prepare the first batches of the next iteration ahead of it.
     """
 
+    bytes = 0  # of a batch
     _begun: Any = None
     _current: Any = None  # the last iterator, which has the workers
 
@@ -140,26 +142,29 @@ class _Loader(DataLoader[Any]):
 
     def __iter__(self) -> Any:
         begun, self._begun = self._start() if self._begun is None else self._begun, None
-        size = 1
+        check = partial(_check_room, self.bytes) if self.num_workers else lambda: None
         while True:
             try:
-                with Waiting(partial(_check_room, size) if self.num_workers else lambda: None):
+                with Waiting(check):
                     batch = next(begun)
             except StopIteration:
                 return
-            size = sum(part.nbytes for part in batch if isinstance(part, torch.Tensor))
             yield batch
 
     def _start(self) -> Any:
-        if not hasattr(signal, "pthread_sigmask"):
-            self._current = super().__iter__()
-            return self._current
-        before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
+        before = None
+        if hasattr(signal, "pthread_sigmask"):
+            before = signal.pthread_sigmask(signal.SIG_BLOCK, SIGNALS)  # new processes inherit the mask
         try:
             self._current = super().__iter__()
-            return self._current
+        except OSError as error:
+            if error.errno == errno.ENOSPC:
+                raise OSError("/dev/shm is full: no loader can be started") from None
+            raise
         finally:
-            signal.pthread_sigmask(signal.SIG_SETMASK, before)
+            if before is not None:
+                signal.pthread_sigmask(signal.SIG_SETMASK, before)
+        return self._current
 
     def end_workers(self) -> None:
         for worker in getattr(self._current, "_workers", ()):
@@ -180,6 +185,7 @@ def _prefetch(
         worker_init_fn=_shield,
         **options,
     )
+    loader.bytes = batch_size * math.prod(config["input_size"])
     return PrefetchLoader(loader, mean=config["mean"], std=config["std"], device=device)
 
 
