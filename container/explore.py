@@ -6,22 +6,25 @@ backward pass through each affinity of one block, as in `figures.rows`. Moving a
 maps, because the mixed row is a weighted sum of two cached rows. Only the classes need another forward pass.
 """
 
+import asyncio
 import base64
 import html
 import importlib.util
 import io
 import math
 import os
+import re
 import signal
 import socket
 import tempfile
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager, suppress
 from functools import lru_cache, wraps
 from pathlib import Path
 from typing import Any, NamedTuple
-from urllib.parse import urlencode
+from urllib.parse import urlencode, urlsplit
 
 import torch
 from PIL import Image
@@ -52,6 +55,14 @@ MODELS = ("container_nano", "container_light_nano")
 """Models offered by default; the page starts with the first."""
 _MEGABYTES = 10
 _MEGAPIXELS = 50
+_SCANS = 100  # of a JPEG
+_decoder = ThreadPoolExecutor(1)  # one photo at a time, as each takes up to a gigabyte, and always in the same memory
+_PATHS = re.compile(  # what the page asks for; Gradio serves more
+    r"/(|config|theme\.css|favicon\.ico|manifest\.json|(assets|static)/.*|"
+    r"gradio_api/((run|queue|heartbeat|upload|upload_progress|startup-events|info|app_id|file=)([/?].*)?))"
+)
+_POST = 51 * 10**6  # bytes of one request: the largest upload, and its form
+_POSTS, _PATIENCE = 8, 30  # requests that are received at once, and seconds without a byte after which one ends
 _KINDS = ("JPEG", "PNG", "WEBP")
 _TOP = 5
 _STEP = 0.001  # slider step of alpha and beta
@@ -310,10 +321,14 @@ def open_upload(path: str | Path) -> Image.Image:
     try:
         with Image.open(path, formats=_KINDS) as image:
             pixels = image.width * image.height
+            # Each scan of a progressive JPEG goes over all pixels, and may take 100 bytes. Cameras write up to ten.
+            scans = Path(path).read_bytes().count(b"\xff\xda") if image.format == "JPEG" else 0
     except Exception:  # decoders raise nearly anything for damaged or foreign files
         raise ValueError(f"{name} cannot be read as a JPEG, PNG or WebP photo") from None
     if pixels > _MEGAPIXELS * 10**6:
         raise ValueError(f"{name} has more than {_MEGAPIXELS} million pixels")
+    if scans > _SCANS:
+        raise ValueError(f"{name} is stored in {scans:,} scans, and {_SCANS} are allowed")
     try:
         return open_photo(path)
     except ValueError as error:
@@ -334,7 +349,7 @@ def take_upload(path: str, crop: Callable[[Image.Image], bytes]) -> bytes:
         ValueError: See `open_upload`; or another visitor's copy was removed meanwhile.
     """
     try:
-        return crop(open_upload(path))
+        return _decoder.submit(lambda: crop(open_upload(path))).result()
     except FileNotFoundError:
         raise ValueError("this photo is here no longer: please choose it again") from None
     finally:
@@ -501,7 +516,7 @@ class _Controls(NamedTuple):
 class _Models:
     """Models of a page, created on first use, and the square of a photo that all of them see."""
 
-    def __init__(self, names: Sequence[str], img_size: int | None, pretrained: bool) -> None:
+    def __init__(self, names: Sequence[str], img_size: int | None = None, pretrained: bool = True) -> None:
         for name in names:
             weights.check_family(name.partition(".")[0])
         names = [weights.add_default_tag(name) for name in names] if pretrained else names
@@ -819,6 +834,92 @@ def build(
     return page
 
 
+@contextmanager
+def _temporary_folder() -> Iterator[str]:
+    """Gives everything temporary, whoever writes it, one folder that is removed in the end."""
+    before = tempfile.tempdir
+    with tempfile.TemporaryDirectory() as folder:
+        tempfile.tempdir = folder
+        try:
+            yield folder
+        finally:
+            tempfile.tempdir = before
+
+
+class _Guard:
+    """ASGI middleware that refuses what the page does not ask for itself.
+
+    On a loopback address, other names for this machine and pages of other origins are refused: a page elsewhere may
+    have a name that leads here.
+
+    Args:
+        app: The application.
+        host: Address that is listened on.
+    """
+
+    def __init__(self, app: Any, host: str) -> None:
+        self.app, self.names = app, {host, "127.0.0.1", "localhost", "::1"}
+        self.local = host in ("127.0.0.1", "localhost", "::1")
+        self.posts = asyncio.Semaphore(_POSTS)
+
+    def refusal(self, scope: Any) -> tuple[int, str] | None:
+        """Returns the status and the words with which a request is refused, or None."""
+        headers = {key.decode().lower(): value.decode("latin-1") for key, value in scope["headers"]}
+        asked = urlsplit(f"//{headers.get('host', '')}").hostname
+        origin = urlsplit(headers["origin"]).netloc if "origin" in headers else headers.get("host")
+        if self.local and asked not in self.names:
+            return 400, f"this page is not {asked}"
+        if self.local and origin != headers.get("host"):
+            return 403, f"this page takes nothing from {origin or 'elsewhere'}"
+        if not _PATHS.fullmatch(scope["path"]):
+            return 404, "there is no such page"
+        if scope["method"] == "POST" and not 0 <= int(headers.get("content-length", -1)) <= _POST:
+            return 413, f"at most {_POST:,} bytes can be sent at once"
+        return None
+
+    async def receive_whole(self, receive: Any) -> bytes | None:
+        """Receives the body of a request; None if it breaks off, so that no part of it becomes a file."""
+        body = bytearray()
+        with suppress(TimeoutError, asyncio.TimeoutError):
+            while len(body) <= _POST:
+                message = await asyncio.wait_for(receive(), _PATIENCE)
+                if message["type"] != "http.request":
+                    return None
+                body += message.get("body", b"")
+                if not message.get("more_body") and len(body) <= _POST:
+                    return bytes(body)
+        return None
+
+    async def __call__(self, scope: Any, receive: Any, send: Any) -> None:
+        """Answers a request, or passes it on."""
+        refused = None
+        if scope["type"] == "http":
+            try:
+                refused = self.refusal(scope)
+            except ValueError:  # an address, or a length, that is none
+                refused = 400, "this is no request"
+        if refused is None and scope.get("method") == "POST":
+            async with self.posts:
+                body = await self.receive_whole(receive)
+            if body is None:
+                return
+
+            async def receive_body() -> Any:
+                nonlocal body
+                if body is None:
+                    return await receive()
+                message, body = dict(type="http.request", body=body, more_body=False), None
+                return message
+
+            await self.app(scope, receive_body, send)
+            return
+        if refused is None:
+            await self.app(scope, receive, send)
+            return
+        await send(dict(type="http.response.start", status=refused[0], headers=[(b"content-type", b"text/plain")]))
+        await send(dict(type="http.response.body", body=refused[1].encode()))
+
+
 def _check_address(host: str, port: int) -> None:
     """Checks that the server can listen at an address, before the model is created and with a readable error."""
     if not 0 < port < 2**16:
@@ -858,11 +959,12 @@ def serve(
     """
     _check_address(host, port)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # otherwise SIGTERM would leave uploads behind
-    with tempfile.TemporaryDirectory() as folder:
+    with _temporary_folder() as folder:
         # Gradio reads these when it is imported and when a page is created.
         os.environ |= dict(GRADIO_TEMP_DIR=folder, GRADIO_ANALYTICS_ENABLED="False")
         page = build(models, None if photo is None else open_photo(photo), img_size, pretrained)
         from gradio.themes import Base
+        from starlette.middleware import Middleware
 
         page.launch(
             server_name=host,
@@ -873,6 +975,8 @@ def serve(
             prevent_thread_lock=True,
             ssr_mode=False,
             max_file_size=f"{5 * _MEGABYTES}mb",  # files between _MEGABYTES and this limit get our own message
+            state_session_capacity=500,
+            app_kwargs=dict(middleware=[Middleware(_Guard, host=host)]),
             footer_links=[],
             # System fonts, so that nothing is fetched from another server.
             theme=Base(font=["system-ui", "sans-serif"], font_mono=["ui-monospace", "monospace"]),
