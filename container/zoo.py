@@ -1,13 +1,15 @@
 """Functions behind the `container` command: the table of the family, and weights files with their records."""
 
 import hashlib
+import importlib.util
 import json
 import logging
-import os
 import re
+import subprocess
 import sys
 import tempfile
 import textwrap
+import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -18,6 +20,7 @@ from safetensors.torch import save
 from timm.models import get_pretrained_cfg, model_entrypoint, save_for_hf, split_model_name_tag
 from timm.models._hub import generate_readme
 from torch.utils.flop_counter import FlopCounterMode
+from tqdm import tqdm
 
 from . import weights
 from .container import default_cfgs
@@ -26,6 +29,7 @@ from .files import read_text, write_atomically
 __all__ = ["accuracy", "card", "columns", "convert", "export", "fetch", "table", "verify"]
 
 
+_SHARED_BYTES, _SHARED_SECONDS = 500 * 10**6, 1800  # of a download from Google Drive
 _logger = logging.getLogger(__name__)
 
 
@@ -237,18 +241,37 @@ def fetch(name: str) -> Path:
     file = weights.manifest().get(name, weights.record(name))["file"]
     if file["sha256"] or (weights.record(name)["file"]["sha256"] and weights.find(name)):
         return weights.obtain(name)
-    try:
-        from gdown import download
-        from gdown.exceptions import DownloadError
-    except ImportError:
-        raise ImportError("this needs gdown: pip install gdown") from None
+    if importlib.util.find_spec("gdown") is None:
+        raise ImportError("this needs gdown: pip install gdown")
     with tempfile.TemporaryDirectory() as scratch:
-        path = os.path.join(scratch, f"{name}.{file['format']}")
-        try:
-            download(file["url"], path, quiet=not sys.stderr.isatty(), use_cookies=False, timeout=60)
-        except DownloadError as error:
-            raise OSError(f"cannot download {file['url']}: {' '.join(str(error).split())}") from None
+        path = Path(scratch, f"{name}.{file['format']}")
+        _download_shared(file["url"], path)
         return convert(path, name)[0]
+
+
+def _download_shared(url: str, path: Path) -> None:
+    """Downloads a file that is shared on Google Drive, by gdown in a process of its own, which can be ended.
+
+    Raises:
+        OSError: The download failed, is larger than 500 MB, or took over half an hour.
+    """
+    command = [sys.executable, "-m", "gdown", "--quiet", "--no-cookies", "--timeout", "60", "-O", str(path), url]
+    late = time.monotonic() + _SHARED_SECONDS
+    with (
+        subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True) as process,
+        tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar,
+    ):
+        while process.poll() is None:
+            bar.update(sum(part.stat().st_size for part in path.parent.iterdir()) - bar.n)
+            if bar.n > _SHARED_BYTES or time.monotonic() > late:
+                process.kill()
+                raise OSError(f"cannot download {url}: {bar.n:,} bytes came, and it is not at its end")
+            time.sleep(0.1)
+        _, error = process.communicate()
+    if process.returncode or not path.is_file():
+        raise OSError(f"cannot download {url}: {' '.join(error.split())[-500:]}")
+    if path.stat().st_size > _SHARED_BYTES:
+        raise OSError(f"cannot download {url}: {path.stat().st_size:,} bytes are more than {_SHARED_BYTES:,}")
 
 
 def _from_run(summary: dict[str, Any], file: str) -> dict[str, Any]:

@@ -210,6 +210,18 @@ def test_fetch_takes_nothing_else(share, place, content, error, message):
     assert not place.exists() and "\n" not in str(caught.value)
 
 
+def test_fetch_takes_no_more_than_weights_have(share, place, monkeypatch):
+    """Ended while it comes, or refused when it has come, and nothing of it is left."""
+    share.content = bytes(10**7)
+    monkeypatch.setattr(zoo, "_SHARED_BYTES", 10**6)
+    with pytest.raises(OSError, match=r"cannot download https://.*: [\d,]+ bytes (came|are more than 1,000,000)"):
+        zoo.fetch(RELEASED)
+    monkeypatch.setattr(zoo, "_SHARED_SECONDS", 0)
+    with pytest.raises(OSError, match="bytes came, and it is not at its end"):
+        zoo.fetch(RELEASED)
+    assert not place.exists()
+
+
 @pytest.mark.parametrize(
     "name, message",
     [

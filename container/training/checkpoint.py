@@ -144,12 +144,18 @@ class Checkpoints:
 
         Returns:
             The saved state, or None if there is no checkpoint.
+
+        Raises:
+            ValueError: A file has the right checksum, but other content than `save` writes.
         """
         remove_leftovers(self.folder)
         for path in self.paths():
             data = path.read_bytes()
             if path.stem.endswith(f"-{_digest(data)}"):
-                return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                try:
+                    return torch.load(io.BytesIO(data), map_location="cpu", weights_only=True)
+                except Exception as error:  # with its checksum in its name, so it was written so
+                    raise ValueError(f"{path} is no checkpoint of tensors and plain values") from error
             path.rename(path.with_suffix(".damaged"))  # otherwise it would outrank a new run's
             print(f"{path} is damaged ({len(data)} bytes, wrong sha256): trying the one before", file=sys.stderr)
         return None

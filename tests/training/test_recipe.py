@@ -41,6 +41,10 @@ def test_flags_override_the_recipe():
     assert parse_args(["--recipe", "modern", "--clip-grad", "0"]).clip_grad is None
 
 
+# A list of lists of lists, in 300 bytes; written out, it would have a billion numbers.
+BOMB = "other:\n- &z0 [1]\n" + "".join(f"- &z{i} [{','.join([f'*z{i - 1}'] * 9)}]\n" for i in range(1, 10))
+
+
 @pytest.mark.parametrize(
     "recipe, message",
     [
@@ -51,6 +55,11 @@ def test_flags_override_the_recipe():
         ("3: epochs", "recipe mine has no lines of KEY: VALUE"),
         ("epochs: null", "recipe mine does not set epochs; a whole one is "),
         ("other: 1", "recipe mine does not set epochs; a whole one is "),
+        ("epochs: [3, '--other', 5]", "recipe mine sets epochs to what is neither a value nor a list of values"),
+        ("other: [[1]]", "recipe mine sets other to what is neither a value nor a list of values"),
+        (BOMB, "recipe mine sets other to what is neither a value nor a list of values"),
+        ("other: {a: {b: 1}}", "recipe mine sets other to what is neither a value nor a list of values"),
+        ("#" * 2**20 + "\nepochs: 1", "mine.yaml has more than 1,048,576 bytes"),
         (None, "no recipe mine; there are paper"),
     ],
 )
