@@ -432,8 +432,9 @@ def test_what_timm_s_script_has_too(here, monkeypatch):
     train = Run.train_loader
     monkeypatch.setattr(Run, "train_loader", lambda run, size: transforms.append(train(run, size)) or transforms[-1])
     transforms = []
-    here("--train-interpolation", "bilinear", output="other")
-    assert "interpolation=bilinear" in str(transforms[0].loader.dataset.dataset.transform)
+    here("--train-interpolation", "bilinear", "--ratio", "0.9", "1.1", output="other")
+    transform = str(transforms[0].loader.dataset.dataset.transform)
+    assert "interpolation=bilinear" in transform and "ratio=(0.9, 1.1)" in transform
 
 
 def test_a_model_without_stochastic_depth(capsys):

@@ -23,7 +23,7 @@ from conftest import ROOT, shared
 from server import LFS, PAGE, Hub, running
 from timm.data import ImageNetInfo
 
-from container import weights, zoo
+from container import predict, weights, zoo
 from container.container import checkpoint_filter_fn, default_cfgs
 
 RELEASED, OURS = "container_light.ai2_in1k", "container_light_nano_32.cifar10"
@@ -705,6 +705,16 @@ def test_compressed_parts_and_long_headers_are_refused(tmp_path):
     safetensors.torch.save_file({f"{i:060}": torch.zeros(0) for i in range(50_000)}, tmp_path / "x.safetensors")
     with pytest.raises(RuntimeError, match=r"its header has [0-9,]+ bytes, and 4,194,304 are allowed"):
         weights.read(tmp_path / "x.safetensors")
+
+
+@pytest.mark.parametrize("classes", [5, [1, 2], {"a": 1}, "abc", ["ok", "\x1b[31mred"], None])
+def test_names_that_are_none_are_left_out(tmp_path, classes):
+    """Of another type, or with what a terminal would obey; the model's classes have numbers then."""
+    state = timm.create_model("container_light_nano_32", num_classes=2).state_dict()
+    safetensors.torch.save_file(state, tmp_path / "x.safetensors", dict(classes=json.dumps(classes)))
+    assert weights.class_names(tmp_path / "x.safetensors") is None
+    model = weights.create("container_light_nano_32", tmp_path / "x.safetensors")
+    assert predict.class_names(model) == ["0", "1"]
 
 
 def test_an_empty_file_is_called_empty(tmp_path):

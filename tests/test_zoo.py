@@ -273,7 +273,21 @@ def test_a_card_says_what_is_known_and_nothing_else(tmp_path, place):
     assert "hf-hub:me/mine" in zoo.card("container_light_nano.mine", "hf-hub:me/mine")
 
 
-@pytest.mark.parametrize("content", ["[]", "{}", '{"hardware": 1}', '{"hardware": {}', "\x00"])
+SUMMARY = dict(hardware=dict(cpu="x", processes=1, threads=1), epochs=1, seconds=1.0, command="x")
+SUMMARY |= dict(best=dict(top1=1.0, file="x"))
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *("[]", "{}", '{"hardware": 1}', '{"hardware": {}', "\x00", "[" * 10**5),
+        *(
+            json.dumps(SUMMARY | change)
+            for change in (dict(command=["x"]), dict(seconds="1"), dict(command="x" * 10**5))
+        ),
+        json.dumps(SUMMARY | dict(other="x" * 2**20)),
+    ],
+)
 def test_a_foreign_summary_beside_a_checkpoint_is_named_and_left_out(tmp_path, place, caplog, content):
     save_file(timm.create_model("container_light_nano").state_dict(), tmp_path / "own.safetensors")
     (tmp_path / "summary.json").write_text(content)
