@@ -916,7 +916,7 @@ def test_cifar10(tmp_path):
         (None, ["--dataset", "torch/cifar10"], "no torch/cifar10 in "),
         (None, ["--dataset", "parquet/x"], "no dataset parquet/x; there are digits, torch/NAME, "),
         (None, ["--dataset", "wds/"], "WebDataset shards do not tell their classes: --num-classes is needed"),
-        (None, ["--model", "container_lite"], "unknown model container_lite; this package has container, "),
+        (None, ["--model", "container_lite"], "unknown model container_lite: did you mean container_light?"),
         (None, ["--model", "container_light.x"], "Invalid pretrained tag (x) for container_light."),
         (None, ["--model-args", "pretrained=True"], "--model-args pretrained is set by --pretrained"),
         (None, ["--opt-args", "eps=1e-6", "lr=1"], "--opt-args lr is set by --lr-base"),

@@ -22,6 +22,7 @@ def test_the_newest_two_are_kept_and_the_newest_is_loaded(tmp_path):
 
 def test_a_thread_writes_what_was_then(tmp_path, monkeypatch):
     """Training goes on meanwhile, and changes the weights; one write at a time; what fails is told by the next call."""
+    others = threading.enumerate()
     checkpoints, go = Checkpoints(tmp_path), threading.Event()
     monkeypatch.setattr(
         "container.training.checkpoint.write_atomically", lambda *it: (go.wait(60), write_atomically(*it))
@@ -45,7 +46,7 @@ def test_a_thread_writes_what_was_then(tmp_path, monkeypatch):
     lost.finish()
     for pool in (checkpoints, lost):
         pool.close()
-    assert not any(thread.name.startswith("ThreadPoolExecutor") for thread in threading.enumerate())
+    assert set(threading.enumerate()) <= set(others)
 
 
 @pytest.mark.parametrize("damage", ["truncated", "one bit", "empty"])
