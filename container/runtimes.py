@@ -159,8 +159,13 @@ class ExecuTorch(_Float32):
     def load(self, path: Path) -> Run:  # noqa: D102
         from executorch.runtime import Runtime
 
-        method = Runtime.get().load_program(path).load_method("forward")
-        return lambda images: [answer.clone() for answer in method.execute([images])]
+        program = Runtime.get().load_program(path)
+        method = program.load_method("forward")
+
+        def run(images: Tensor, _: Any = program) -> list[Tensor]:  # the method reads the program's memory
+            return [answer.clone() for answer in method.execute([images])]
+
+        return run
 
 
 class Pt2(_Float32):
