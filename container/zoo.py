@@ -11,6 +11,7 @@ import tempfile
 import textwrap
 import time
 from collections.abc import Sequence
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -262,7 +263,8 @@ def _download_shared(url: str, path: Path) -> None:
         tqdm(unit="B", unit_scale=True, disable=None, leave=False) as bar,
     ):
         while process.poll() is None:
-            bar.update(sum(part.stat().st_size for part in path.parent.iterdir()) - bar.n)
+            with suppress(FileNotFoundError):  # gdown renames its file at the end
+                bar.update(sum(part.stat().st_size for part in path.parent.iterdir()) - bar.n)
             if bar.n > _SHARED_BYTES or time.monotonic() > late:
                 process.kill()
                 raise OSError(f"cannot download {url}: {bar.n:,} bytes came, and it is not at its end")
