@@ -50,6 +50,7 @@ from torch.utils.benchmark import Timer
 
 import container.fuse
 from container.int8 import to_int8
+from container.runtimes import openvino_core
 from container.training import speed_up_depthwise
 
 from . import measure
@@ -302,7 +303,7 @@ class OpenVino:
                 self.model = openvino.convert_model(torch.export.export(model, (images,), strict=False))
             self.options: dict[str, Any] = {"INFERENCE_NUM_THREADS": torch.get_num_threads()}
             self.options["INFERENCE_PRECISION_HINT"] = "bf16" if "bf16" in settings else "f32"
-            self.compiled = openvino.compile_model(self.model, "CPU", self.options)
+            self.compiled = openvino_core().compile_model(self.model, "CPU", self.options)
 
     def __call__(self) -> Tensor:
         """Returns the output of the model."""
@@ -310,9 +311,7 @@ class OpenVino:
 
     def kernels(self, calls: int) -> list[tuple[str, float, int]]:
         """Returns (node and its kernel, seconds, runs) of some calls, longest first, by OpenVINO's counters."""
-        import openvino
-
-        profiled = openvino.compile_model(self.model, "CPU", {**self.options, "PERF_COUNT": True})
+        profiled = openvino_core().compile_model(self.model, "CPU", {**self.options, "PERF_COUNT": True})
         request = profiled.create_infer_request()
         request.infer([self.images])
         found: dict[str, tuple[float, int]] = {}

@@ -2,6 +2,7 @@
 
 import contextlib
 import copy
+import functools
 import logging
 import warnings
 from collections.abc import Callable, Iterator
@@ -12,7 +13,19 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 
-__all__ = ["KEY", "RUNTIMES", "ExecuTorch", "OnnxRuntime", "OpenVino", "Pt2", "Run", "Runtime", "TorchScript", "Work"]
+__all__ = [
+    "KEY",
+    "RUNTIMES",
+    "ExecuTorch",
+    "OnnxRuntime",
+    "OpenVino",
+    "Pt2",
+    "Run",
+    "Runtime",
+    "TorchScript",
+    "Work",
+    "openvino_core",
+]
 
 KEY = "container"
 """Key of the preprocessing and class names in a file's metadata."""
@@ -99,6 +112,18 @@ class OnnxRuntime(_Float32):
         return lambda images: [torch.from_numpy(array) for array in session.run(None, {"images": images.numpy()})]
 
 
+@functools.cache
+def openvino_core() -> Any:
+    """Returns the process's one `openvino.Core`, which is never freed.
+
+    Each further Core replaces the process's stack for signals. If two are freed in the order in which they were made,
+    that stack is freed memory, and the next signal, such as the end of a child process, is a segmentation fault.
+    """
+    import openvino
+
+    return openvino.Core()
+
+
 class OpenVino:
     """OpenVINO's files. Where the CPU has bfloat16, OpenVINO computes in it by default; a file cannot say otherwise."""
 
@@ -126,9 +151,7 @@ class OpenVino:
         return self._compile(path, {})
 
     def _compile(self, path: Path, settings: dict[str, str]) -> tuple[Run, str]:
-        import openvino
-
-        compiled = openvino.compile_model(path, "CPU", settings)
+        compiled = openvino_core().compile_model(path, "CPU", settings)
         precision = compiled.get_property("INFERENCE_PRECISION_HINT").to_string()
         return lambda images: [
             torch.from_numpy(np.array(array, np.float32)) for array in compiled(images.numpy()).to_tuple()

@@ -5,7 +5,6 @@ from functools import partial
 
 import onnx
 import onnxruntime
-import openvino
 import pytest
 import timm
 import torch
@@ -17,7 +16,7 @@ from torch import nn
 from container import deploy, int8
 from container.__main__ import main
 from container.predict import SAMPLE
-from container.runtimes import RUNTIMES
+from container.runtimes import RUNTIMES, openvino_core
 
 NANO = "container_light_nano"
 CAT, DOG = "n02123045", "n02099601"
@@ -73,7 +72,7 @@ def test_a_file_names_the_same_classes_and_says_how_many(format, photos, tmp_pat
         assert {tensor.data_type for tensor in graph.initializer} >= {onnx.TensorProto.INT8}
         quantized = sum(node.op_type == "QuantizeLinear" for node in graph.node)
     else:
-        quantized = sum(op.get_type_name() == "FakeQuantize" for op in openvino.Core().read_model(file).get_ops())
+        quantized = sum(op.get_type_name() == "FakeQuantize" for op in openvino_core().read_model(file).get_ops())
     assert quantized > 50
     said = told(tmp_path / file)
     assert said["precision"] == "f32" and said["input_size"] == [3, 128, 128] and len(said["classes"]) == 1000
