@@ -202,6 +202,7 @@ def test_fetch(share, place):
         (b'{"top1": 1}', "", "can be loaded: it is neither safetensors nor a torch file"),
         (pickle.dumps(print), "", "it has Python objects, which could run code"),
     ],
+    ids=["busy", "page", "bytes", "text", "empty", "nan", "head", "safetensors", "json", "pickle"],
 )
 def test_fetch_takes_nothing_else(share, place, content, error, message):
     share.content, share.error = content, error
