@@ -201,6 +201,7 @@ def test_a_nan_in_any_output_of_any_shape_is_a_difference(tmp_path, monkeypatch,
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_precision_that_a_runtime_takes_by_default_is_compared_too(model, tmp_path, monkeypatch, capsys):
     """OpenVINO takes bfloat16 where the CPU has it, and float32 elsewhere."""
     main(["export", OURS, str(tmp_path / "m.xml"), "--format", "openvino"])
@@ -214,6 +215,7 @@ def test_the_precision_that_a_runtime_takes_by_default_is_compared_too(model, tm
     assert not list(tmp_path.glob("other*"))
 
 
+@pytest.mark.slow
 def test_the_generator_of_the_caller_is_not_moved(model, tmp_path):
     before = torch.get_rng_state()
     deploy.export(model, tmp_path / "m.pt", "torchscript", batch=1)
@@ -226,6 +228,7 @@ def test_feature_maps_have_no_classes_to_evaluate(tmp_path):
         deploy.export(maps, tmp_path / "m.pt", "torchscript", evaluate=tmp_path)
 
 
+@pytest.mark.slow
 def test_by_the_command_and_read_without_torch(model, tmp_path, monkeypatch, capsys):
     """The classes and probabilities of `predict`, from the file alone."""
     monkeypatch.chdir(tmp_path)

@@ -204,6 +204,7 @@ def test_detectors_fit_their_strides():
     assert model.rpn.anchor_generator.sizes == ((8,), (16,), (32,), (64,), (128,))
 
 
+@pytest.mark.slow
 def test_a_detector_with_pretrained_weights_learns_a_box():
     model = retinanet(OURS, 2, min_size=64, max_size=64, out_channels=16, levels=2, pretrained=True)
     images = [0.7 + 0.05 * torch.randn(3, 64, 64)]  # not pure noise, which frozen norms of photos make slow to learn

@@ -73,6 +73,7 @@ def test_processes_that_are_started_know_the_models(how, tmp_path):
     assert result.stdout == "True [True]\nTrue\nTrue False\n", result.stderr
 
 
+@pytest.mark.slow
 def test_a_module_of_the_user_s_called_container_does_not_hide_the_models(tmp_path):
     """It is named; if the script imports it before timm, it is the script's, and one line says what is missing."""
     (tmp_path / "container.py").write_text("value = 5\n")
@@ -260,6 +261,7 @@ def test_import_and_export(tmp_path, monkeypatch, capsys):
     assert 'timm.create_model("local-dir:folder", pretrained=True)' in capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_fetch_asks(tmp_path, monkeypatch, capsys):
     """Whose file it is, where it lies and under which licence are said first; without a yes nothing is done."""
     monkeypatch.setenv("CONTAINER_WEIGHTS_DIR", str(tmp_path / "weights"))

@@ -281,6 +281,7 @@ def test_a_teacher_of_other_classes_is_refused(here, folder, tmp_path):
         here("--teacher", "container_light_nano.trashnet", "--distill", "0.5")
 
 
+@pytest.mark.slow
 def test_both_classifiers_of_a_distilled_model_are_kept(here, tmp_path):
     """Where the classes are the file's; with others, both are drawn anew."""
     name, frozen = "deit_tiny_distilled_patch16_224", ("--lr-base", "0", "--warmup-lr", "0", "--min-lr", "0")
@@ -446,6 +447,7 @@ def test_a_model_without_stochastic_depth(capsys):
     assert not capsys.readouterr().out
 
 
+@pytest.mark.slow
 def test_wandb(here, tmp_path, monkeypatch):
     """Its own client, which writes a file where there is no network; a run that goes on is the same run there."""
     monkeypatch.setenv("WANDB_MODE", "offline")

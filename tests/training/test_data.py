@@ -224,6 +224,7 @@ def place(path, count=1):
         Image.new("RGB", (4, 4)).save(path / f"{i}.png")
 
 
+@pytest.mark.slow
 def test_classes_have_one_order_in_every_process(tmp_path):
     """Names that are equal but for case or zeros too; all others as timm orders them."""
     names = ["a", "A", "b", "B", "1", "01", "10", "2", "n02"]

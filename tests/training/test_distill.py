@@ -209,6 +209,7 @@ def test_views_repeat_and_the_teacher_sees_each_once(distil, asked, monkeypatch)
     assert asked[7:] == [12] + 12 * [16]
 
 
+@pytest.mark.slow
 def test_runs_share_outputs(distil, asked, tmp_path):
     """With another student, another batch and smaller images, which the teacher sees in full."""
     whole = distil("--view-dir", str(tmp_path / "views"), "--epochs", "2")

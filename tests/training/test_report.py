@@ -104,6 +104,7 @@ def test_without_matplotlib_a_run_ends_before_its_first_step(tmp_path, monkeypat
     assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_the_package_needs_no_module_of_unix_alone(tmp_path):
     """As on Windows, by an import that fails; memory is then unknown."""
     (tmp_path / "resource.py").write_text("raise ImportError('no module named resource')")
