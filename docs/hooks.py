@@ -18,9 +18,10 @@ README = {"weights": "models.md#weights", "deploy": "deploy.md"}
 
 
 def on_config(config: MkDocsConfig) -> MkDocsConfig:
-    """Puts the files that lie outside docs/ at the end of the navigation."""
+    """Puts the files that lie outside docs/ at the end of the navigation's last group."""
     assert config.nav is not None
-    config.nav += [{title: name.lower()} for name, title in OUTSIDE.items() if (ROOT / name).exists()]
+    ((_, group),) = config.nav[-1].items()
+    group += [{title: name.lower()} for name, title in OUTSIDE.items() if (ROOT / name).exists()]
     return config
 
 
@@ -61,6 +62,7 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
     for i in range(0, len(parts), 2):  # what is not code
         parts[i] = re.sub(r"<picture>.*?</picture>", _picture, parts[i], flags=re.DOTALL)
         parts[i] = re.sub(r"(?<!!)\[([^\]]*)\]\((?![a-z]+:|#)([^)#\s]+)(?:#([^)\s]*))?\)", link, parts[i])
+        parts[i] = re.sub(r"^!\[(.+)\]\(.+\)$", _captioned, parts[i], flags=re.MULTILINE)
         parts[i] = re.sub(r"^( +)(?=- )", r"\1\1", parts[i], flags=re.MULTILINE)  # lists in lists: four, not two
         parts[i] = re.sub(r"^\|.*$", _together, parts[i], flags=re.MULTILINE)
     return "".join(parts)
@@ -69,6 +71,11 @@ def on_page_markdown(markdown: str, page: Page, config: MkDocsConfig, files: Fil
 def _together(row: re.Match[str]) -> str:
     """A row of a table whose numbers stay on one line with their units."""
     return re.sub(r"(?<=\d) (?=(?:M|MB|MiB|GiB|px|ms|s|%)(?!\w))", "\u00a0", row[0])
+
+
+def _captioned(picture: re.Match[str]) -> str:
+    """A picture above its alternative text, which one sees only so."""
+    return f'<figure markdown="span">\n{picture[0]}\n<figcaption>{picture[1]}</figcaption>\n</figure>'
 
 
 def _picture(match: re.Match[str]) -> str:

@@ -2,6 +2,7 @@
 
 import importlib
 import os
+import re
 import subprocess
 import sys
 from html.parser import HTMLParser
@@ -55,6 +56,14 @@ def _target(folder: Path, page: str, link: str) -> tuple[str, Path, str]:
     path = folder / unquote(parts.path).lstrip("/")
     path = path / "index.html" if path.is_dir() else path
     return urljoin(HOST, path.relative_to(folder).as_posix()), path, unquote(parts.fragment)
+
+
+def test_pictures_have_captions(site):
+    """Under each stands what GitHub shows only to those who do not see it."""
+    for source in (ROOT / "docs").glob("*.md"):
+        for text in re.findall(r"^!\[(.+)\]\(", source.read_text(encoding="utf-8"), flags=re.MULTILINE):
+            name = "index.html" if source.stem == "README" else f"{source.stem}/index.html"
+            assert f"<figcaption>{text}</figcaption>" in (site[0] / name).read_text(encoding="utf-8")
 
 
 def test_links_resolve(site):
