@@ -52,7 +52,8 @@ def table(markdown: bool = False) -> str:
                 f"{params:.2f} M",
                 f"{gmacs:.2f}",
                 f"{size[-1]} px",
-                "; also ".join(_summary(record, markdown) for record in records) or "none yet",
+                (", " if markdown else "; also ").join((_link if markdown else _summary)(r) for r in records)
+                or "none yet",
                 _first_sentence(architecture),
             )
         )
@@ -83,10 +84,16 @@ def _first_sentence(architecture: str) -> str:
     return doc.rstrip(".")
 
 
-def _summary(record: dict[str, Any], markdown: bool = False) -> str:
-    tag = f"`{record['tag']}`" if markdown else record["tag"]
+def _link(record: dict[str, Any]) -> str:
+    """Returns the tag in Markdown, with a link to the card of a file that there is."""
+    tag = f"`{record['tag']}`"
+    card = f"cards/{record['architecture']}.{record['tag']}.md"
+    return f"[{tag}]({card})" if record["status"] == "available" else tag
+
+
+def _summary(record: dict[str, Any]) -> str:
     top1, *_ = [f": {r['value']} % ({_data(r)})" for r in record["results"] if r["metric"] == "top1"] or [""]
-    return f"{tag}{top1}{'' if record['status'] == 'available' else ', ' + record['status']}"
+    return f"{record['tag']}{top1}{'' if record['status'] == 'available' else ', ' + record['status']}"
 
 
 def _data(result: dict[str, Any]) -> str:
