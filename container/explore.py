@@ -379,8 +379,8 @@ _HEADER = """
 <p class="equation"><i>Y</i> = ( <i>α</i> <span class="dynamic"><i>A</i>(<i>X</i>)</span> + <i>β</i> <span
 class="static"><i>A</i></span> ) <i>V</i> <i>W</i> + <i>X</i></p>
 <p>A block mixes two affinities: attention, <span class="dynamic"><i>A</i>(<i>X</i>)</span>, is computed from the photo;
-convolution, <span class="static"><i>A</i></span>, is learned once for all photos. Click a place in the photo: what it
-reads is bright. Move <i>α</i> and <i>β</i>: convolution becomes attention, and the answer changes.</p>
+convolution, <span class="static"><i>A</i></span>, is learned once for all photos. Click the photo: bright cells are
+what that spot reads. Move <i>α</i> and <i>β</i> to go from convolution to attention, and watch the prediction change.</p>
 """
 
 # The position is kept in the page's CSS, so that the circle in every picture moves without redrawing the pictures.
@@ -399,6 +399,7 @@ const go = (x, y) => {
 document.addEventListener('click', event => {
     const spot = event.target.closest('.spot');
     if (!spot) return;
+    element.querySelector('.spot').focus({preventScroll: true}); // keys move the place after a click in a map too
     const box = spot.getBoundingClientRect(), scale = number('--side') / box.width;
     go(Math.floor((event.clientX - box.left) * scale), Math.floor((event.clientY - box.top) * scale));
 });
@@ -674,7 +675,7 @@ def build(
             names = [(f"stage {b.stage + 1}, block {n - before[n - 1]}", n) for n, b in enumerate(blocks, 1)]
             heads = [(f"mean of {block.heads} heads", 0), *((f"head {n}", n) for n in range(1, block.heads + 1))]
             if block.heads == 1:
-                heads = [("the only one", 0)]
+                heads = [("single head", 0)]
             sliders = {
                 slider: gr.update(
                     value=round(learned if given is None else given, 3),
@@ -708,7 +709,7 @@ def build(
             if photo == sample and not own:
                 words = f'<a href="{html.escape(link(pixel, panes))}" target="_blank">Link to this view</a>'
             else:
-                words = "A link to this view would need the photo, which stays here."
+                words = "No link: your photo stays on this machine."
             return found | {
                 place: f"<style>:root{{--x:{pixel[0]};--y:{pixel[1]};--stride:{stride}}}</style>",
                 anchor: f'<p class="hint">JPEG, PNG or WebP, up to {_MEGABYTES} MB; it is not kept.</p>'

@@ -563,6 +563,10 @@ def test_a_click_shows_what_the_token_reads(visit, models):
     check(visit, models, pane, (100 - models[NANO].block(pane.block).stride, 30))
     visit.until_changed(lambda: visit.page.locator("#y input").fill("127"))
     check(visit, models, pane, (92, 127))
+    visit.until_changed(lambda: visit.page.locator(".map .spot").first.click(position=dict(x=3, y=3)))
+    before = visit.place()
+    visit.until_changed(lambda: visit.page.keyboard.press("ArrowDown"))  # after a click in a map too
+    check(visit, models, pane, (before[0], before[1] + models[NANO].block(pane.block).stride))
     visit.page.locator("#y input").fill("128")
     assert visit.told().startswith("x and y go from 0 to 127")
     assert visit.page.locator("footer").is_hidden()
@@ -621,7 +625,7 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     given = visit.page.locator("#upload input[type=file]")
     Image.new("RGB", (50, 40), (200, 30, 30)).save(tmp_path / "red.png")
     visit.until_changed(lambda: given.set_input_files(tmp_path / "red.png"), "#pane1 .classes")
-    assert "would need the photo" in visit.page.locator(".here").inner_text()
+    assert "your photo stays on this machine" in visit.page.locator(".here").inner_text()
     for name, content, said in (
         ("text.png", b"no photo", "text.png cannot be read as a JPEG, PNG or WebP photo"),
         ("large.png", bytes(11 * 10**6), "large.png is larger than 10 MB"),
@@ -638,7 +642,7 @@ def test_a_photo_of_ones_own(visit, tmp_path):
     visit.until_changed(
         lambda: visit.page.dispatch_event("#upload button", "drop", dict(dataTransfer=dropped)), "#pane1 .classes"
     )
-    assert "would need the photo" in visit.page.locator(".here").inner_text()
+    assert "your photo stays on this machine" in visit.page.locator(".here").inner_text()
     assert visit.log.read_text().count("\n") == 1
 
 
