@@ -603,7 +603,7 @@ def build(
     """
     for module in ("gradio", "matplotlib"):
         if importlib.util.find_spec(module) is None:
-            raise ImportError(f'the page needs {module}: pip install "container-timm[explore]"')
+            raise ImportError(f"the page needs {module}: pip install {module}")
     import gradio as gr
 
     every = _Models(models, img_size, pretrained)

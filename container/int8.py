@@ -166,7 +166,7 @@ def to_int8(model: Any, photos: Tensor, batch: int, judge: Callable[..., Any] | 
     try:
         import nncf
     except ImportError:
-        raise ImportError('int8 needs nncf: pip install "container-timm[deploy]"') from None
+        raise ImportError("int8 needs nncf: pip install nncf") from None
     if len(photos) < batch:
         raise ValueError(f"{len(photos)} photos to choose int8 by, and batches of {batch}")
     others = {node.op_type for node in model.graph.node} - _PRODUCTS

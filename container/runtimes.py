@@ -31,7 +31,6 @@ KEY = "container"
 """Key of the preprocessing and class names in a file's metadata."""
 Run = Callable[[Tensor], list[Tensor]]
 """Function from a batch of images (batch, channels, height, width) to all outputs."""
-_INSTALL = 'pip install "container-timm[{}]"'
 
 
 class Work(NamedTuple):
@@ -95,7 +94,7 @@ class OnnxRuntime(_Float32):
         try:
             import onnxscript  # noqa: F401  (torch's exporter needs it)
         except ImportError:
-            raise ImportError(f"--format onnx needs onnxscript and onnxruntime: {_INSTALL.format('deploy')}") from None
+            raise ImportError("--format onnx needs onnxscript: pip install onnxscript onnxruntime") from None
         names: dict[str, Any] = dict(input_names=["images"], output_names=work.names)
         dims = {"images": work.dims} if work.dims else None
         program = torch.onnx.export(
@@ -137,7 +136,7 @@ class OpenVino:
         try:
             import openvino
         except ImportError:
-            raise ImportError(f"--format openvino needs openvino: {_INSTALL.format('deploy')}") from None
+            raise ImportError("--format openvino needs openvino: pip install openvino") from None
         converted = openvino.convert_model(source)
         for port, name in zip((*converted.inputs, *converted.outputs), ("images", *work.names), strict=True):
             port.get_tensor().set_names({name})
@@ -169,7 +168,7 @@ class ExecuTorch(_Float32):
             from executorch.exir import to_edge_transform_and_lower
             from executorch.exir.error import ExportError
         except ImportError:
-            raise ImportError(f"--format executorch needs executorch: {_INSTALL.format('executorch')}") from None
+            raise ImportError("--format executorch needs executorch: pip install executorch") from None
         plain = copy.deepcopy(work.model).to(memory_format=torch.contiguous_format)  # it cannot read channels_last
         methods = {KEY: work.metadata}  # its files have no metadata, so a method returns the text instead
         try:

@@ -393,7 +393,7 @@ def test_without_gradio(monkeypatch):
     monkeypatch.setattr(os, "environ", os.environ.copy())
     with pytest.raises(SystemExit) as stop:
         main(["explore", "--port", str(free_port())])
-    assert str(stop.value) == 'container: the page needs gradio: pip install "container-timm[explore]"'
+    assert str(stop.value) == "container: the page needs gradio: pip install gradio"
 
 
 def free_port():
