@@ -380,7 +380,8 @@ _HEADER = """
 class="static"><i>A</i></span> ) <i>V</i> <i>W</i> + <i>X</i></p>
 <p>A block mixes two affinities: attention, <span class="dynamic"><i>A</i>(<i>X</i>)</span>, is computed from the photo;
 convolution, <span class="static"><i>A</i></span>, is learned once for all photos. Click the photo: bright cells are
-what that spot reads. Move <i>α</i> and <i>β</i> to go from convolution to attention, and watch the prediction change.</p>
+what that spot reads. Move <i>α</i> and <i>β</i> to go from convolution to attention, and watch the prediction
+change.</p>
 """
 
 # The position is kept in the page's CSS, so that the circle in every picture moves without redrawing the pictures.
