@@ -265,14 +265,19 @@ def _figure(width: float, height: float) -> Any:
     return figure
 
 
-def _photo(axes: Any, picture: Image.Image, pixel: tuple[int, int] | None = None, gray: bool = False) -> None:
+def _photo(axes: Any, picture: Image.Image, gray: bool = False) -> None:
     axes.imshow(picture.convert("L") if gray else picture, cmap="gray" if gray else None)
-    if pixel is not None:
-        axes.plot(*pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="white", markeredgewidth=3)
-        axes.plot(
-            *pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#D55E00", markeredgewidth=1.5
-        )
     axes.set_axis_off()
+
+
+def _frame_token(axes: Any, view: BlockView) -> None:
+    """Draws a frame around the pixels of the token that is shown, two pixels outside of them."""
+    from matplotlib.patches import Rectangle
+
+    left, top = view.stride * view.token[1] - 2.5, view.stride * view.token[0] - 2.5
+    for color, width in (("white", 3), ("#D55E00", 1.5)):
+        frame = Rectangle((left, top), view.stride + 4, view.stride + 4, fill=False, color=color, linewidth=width)
+        axes.add_patch(frame)
 
 
 def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None:
@@ -288,17 +293,18 @@ def _overlay(axes: Any, map_: Tensor, stride: int, picture: Image.Image) -> None
     axes.set(xlim=(-0.5, picture.width - 0.5), ylim=(picture.height - 0.5, -0.5))
 
 
-def _draw_affinities(views: list[BlockView], picture: Image.Image, pixel: tuple[int, int], title: str) -> Any:
+def _draw_affinities(views: list[BlockView], picture: Image.Image, title: str) -> Any:
     """Draws one row of pictures per stage, for its last block."""
     last = list({view.stage: view for view in views}.values())
     figure = _figure(10.5, 2.75 * len(last) + 0.6)
     figure.suptitle(
-        f"{title}\nwhat the circled token reads, mean of |A| over heads, last block of each stage", fontsize=11
+        f"{title}\nwhat the framed token reads, mean of |A| over heads, last block of each stage", fontsize=11
     )
     grid = figure.subplots(len(last), 4, squeeze=False)
     shown = None
     for line, view in zip(grid, last, strict=True):
-        _photo(line[0], picture, pixel)
+        _photo(line[0], picture)
+        _frame_token(line[0], view)
         line[0].set_title(f"stage {view.stage + 1}: {view.grid[0]} x {view.grid[1]} tokens", fontsize=10)
         for axes, kind in zip(line[1:], ("static", "dynamic", "mixed"), strict=True):
             if kind not in view.rows:
@@ -309,7 +315,7 @@ def _draw_affinities(views: list[BlockView], picture: Image.Image, pixel: tuple[
             _photo(axes, picture, gray=True)
             _overlay(axes, row / row.max().clamp_min(torch.finfo(row.dtype).tiny), view.stride, picture)
             shown = axes.images[-1]
-            axes.plot(*pixel, marker="o", markersize=7, markerfacecolor="none", markeredgecolor="#D55E00")
+            _frame_token(axes, view)
             name = {"static": "static A", "dynamic": "dynamic A(X)", "mixed": r"$\alpha$A(X) + $\beta$A"}[kind]
             axes.set_title(f"{name}, largest {row.max():.2g}", fontsize=10)
     if shown is not None:
@@ -420,7 +426,7 @@ def draw_affinities(photo: Image.Image, model: Container, file: str | Path, titl
     """
     given, shown = seen(photo, resolve_model_data_config(model))
     pixel = (shown.width // 2, shown.height // 2)
-    figure = _draw_affinities(look(model, given, pixel, samples=1), shown, pixel, title)
+    figure = _draw_affinities(look(model, given, pixel, samples=1), shown, title)
     Path(file).parent.mkdir(parents=True, exist_ok=True)
     figure.savefig(file, dpi=100)
 
@@ -473,7 +479,7 @@ def draw(
     views = look(network, given, pixel)
     title = f"{weights.describe(model, checkpoint, pretrained)}, {side} px"
     figures = {
-        "affinities": _draw_affinities(views, shown, pixel, title),
+        "affinities": _draw_affinities(views, shown, title),
         "gates": _draw_gates(views, gates(network), title),
         "heads": _draw_heads(views, title),
         "pyramid": _draw_pyramid(network, given, shown, title),

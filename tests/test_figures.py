@@ -156,6 +156,19 @@ def photo(tmp_path_factory):
     return path
 
 
+def test_the_frame_lies_around_the_token():
+    """In every picture of a row; its token has the pixel, and stages have strides of 4 to 32."""
+    views = figures.look(timm.create_model("container_nano").eval(), image(96, 64), (37, 70), samples=1)
+    drawn = figures._draw_affinities(views, Image.new("RGB", (64, 96)), "")
+    frames = [[patch.get_bbox().extents for patch in axes.patches] for axes in drawn.axes if axes.images]
+    assert len(frames) == 16  # four stages of four pictures
+    for i, found in enumerate(frames):
+        stride = 4 << i // 4
+        left, top = stride * (37 // stride), stride * (70 // stride)
+        expected = (left - 2.5, top - 2.5, left + stride + 1.5, top + stride + 1.5)
+        assert len(found) == 2 and all(tuple(extents) == expected for extents in found)
+
+
 def pixels(path):
     return np.asarray(Image.open(path).convert("RGB"))
 
