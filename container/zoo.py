@@ -52,8 +52,7 @@ def table(markdown: bool = False) -> str:
                 f"{params:.2f} M",
                 f"{gmacs:.2f}",
                 f"{size[-1]} px",
-                (", " if markdown else "; also ").join((_link if markdown else _summary)(r) for r in records)
-                or "none yet",
+                (", ".join(map(_link, records)) if markdown else "; also ".join(map(_summary, records))) or "none yet",
                 _first_sentence(architecture),
             )
         )

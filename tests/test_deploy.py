@@ -70,31 +70,6 @@ def model():
 
 no_executorch = pytest.mark.skipif(importlib.util.find_spec("executorch") is None, reason="pip install executorch")
 MARKS = dict(openvino=pytest.mark.slow, pt2=pytest.mark.slow, executorch=(no_executorch, pytest.mark.slow))
-
-
-@pytest.mark.slow
-def test_a_process_that_exported_to_openvino_survives_the_end_of_its_children(tmp_path):
-    """OpenVINO's plugins leave freed memory as the stack for signals, if two of them end in the order of their births.
-
-    Files are compared at two precisions where the CPU has bfloat16, so that there are two models at a time.
-    """
-    script = """
-import signal, subprocess, torch
-from torch import nn
-from container.runtimes import RUNTIMES, Work
-work = Work(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.ones(1, 3, 8, 8), None, ["y"], "{}")
-RUNTIMES["openvino"].write(work, "model.xml")
-first = RUNTIMES["openvino"].load("model.xml")
-second = RUNTIMES["openvino"].load("model.xml")
-del first
-del second
-signal.signal(signal.SIGCHLD, lambda *_: None)
-print(subprocess.run(["echo", "alive"], capture_output=True, text=True).stdout)
-"""
-    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
-    assert result.stdout == "alive\n\n", (result.returncode, result.stderr)
-
-
 FORMATS = [pytest.param(format, marks=MARKS.get(format, ())) for format in RUNTIMES]
 
 
@@ -280,6 +255,29 @@ def test_a_mistake_is_one_line(tmp_path, monkeypatch, words, message):
         main(["export", *words])
     assert str(stop.value).startswith(f"container: {message}") and "\n" not in str(stop.value)
     assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_a_process_that_exported_to_openvino_survives_the_end_of_its_children(tmp_path):
+    """OpenVINO's plugins leave freed memory as the stack for signals, if two of them end in the order of their births.
+
+    Files are compared at two precisions where the CPU has bfloat16, so that there are two models at a time.
+    """
+    script = """
+import signal, subprocess, torch
+from torch import nn
+from container.runtimes import RUNTIMES, Work
+work = Work(nn.Sequential(nn.Conv2d(3, 4, 3)).eval(), torch.ones(1, 3, 8, 8), None, ["y"], "{}")
+RUNTIMES["openvino"].write(work, "model.xml")
+first = RUNTIMES["openvino"].load("model.xml")
+second = RUNTIMES["openvino"].load("model.xml")
+del first
+del second
+signal.signal(signal.SIGCHLD, lambda *_: None)
+print(subprocess.run(["echo", "alive"], capture_output=True, text=True).stdout)
+"""
+    result = subprocess.run([sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True)
+    assert result.stdout == "alive\n\n", (result.returncode, result.stderr)
 
 
 def test_a_model_that_is_tied_to_its_size_or_training_is_refused(tmp_path):
